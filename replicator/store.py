@@ -1,0 +1,215 @@
+"""The store on the target: a directory of replicas that one receiver at a time works on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from fusedisk.errors import FuseDiskError
+from fusedisk.extents import allocated_bytes
+from replicator.replica import PRIVATE_DIRECTORY, State, read_manifest
+
+_REPLICA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ReplicaInfo(NamedTuple):
+    """A line of a listing. Size and allocated are bytes, summed over the disks.
+
+    "damaged": the manifest is unusable or an image is missing; "unmanaged": no manifest.
+    """
+
+    name: str
+    state: State | Literal["damaged", "unmanaged"]
+    size: int
+    allocated: int
+    epoch: int | None
+    generation: str | None
+    applying: bool
+    problem: str | None
+
+
+def check_replica_name(name: str) -> None:
+    """Check that `name` can name a replica; FuseDiskError if it cannot."""
+    if _REPLICA_NAME.fullmatch(name) is None:
+        raise FuseDiskError(
+            f"replica name {name[:80]!r} is not usable; use 1 to 64 letters, digits, '.', '_' "
+            "and '-', beginning with a letter or digit"
+        )
+
+
+class Store:
+    """A store directory, locked for this process until it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        """Lock the store in the existing directory `path`.
+
+        Raises FuseDiskError if it is not a usable directory or another receiver has it.
+        """
+        self.path = path
+        self._claimed: set[str] = set()
+        self._mutex = threading.Lock()
+        _require_directory(path)
+        try:
+            # Not unlinked ever: a second receiver could then lock another file of that name.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._lock_fd = os.open(path / ".lock", flags, 0o600)
+        except OSError as error:
+            raise FuseDiskError(f"cannot open {path / '.lock'}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock_fd)
+            if isinstance(error, BlockingIOError):
+                raise FuseDiskError(
+                    f"store {path} is in use by another receiver; stop it or use another store"
+                ) from None
+            raise FuseDiskError(f"cannot lock store {path}: {error.strerror}") from error
+
+    def replica_path(self, name: str) -> Path:
+        """Return the directory of replica `name`; FuseDiskError if that is no replica name."""
+        check_replica_name(name)
+        return self.path / name
+
+    @contextmanager
+    def claiming(self, name: str) -> Iterator[None]:
+        """Claim replica `name` for one user, who calls `release`; undone if the block fails.
+
+        Raises FuseDiskError if the replica is claimed already, or the store closed.
+        """
+        with self._mutex:
+            if self._lock_fd < 0:
+                raise FuseDiskError(f"store {self.path} is closed")
+            if name in self._claimed:
+                raise FuseDiskError(
+                    f"replica {name!r} is in use by another session; end that session first"
+                )
+            self._claimed.add(name)
+        try:
+            yield
+        except BaseException:
+            self.release(name)
+            raise
+
+    def release(self, name: str) -> None:
+        """Give up the claim on replica `name`."""
+        with self._mutex:
+            self._claimed.discard(name)
+
+    def close(self) -> None:
+        """Unlock the store. Repeating it is fine.
+
+        Raises FuseDiskError while a replica is open: its writer must not outlive the lock.
+        """
+        with self._mutex:
+            if self._claimed:
+                names = ", ".join(sorted(self._claimed))
+                raise FuseDiskError(f"store {self.path} has open replicas: {names}; close them")
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
+                self._lock_fd = -1
+
+    def __enter__(self) -> Store:
+        """Return the store itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the store."""
+        self.close()
+
+
+def list_replicas(store_path: Path) -> list[ReplicaInfo]:
+    """List the replicas in a store by name, without its lock, so also while a receiver runs.
+
+    Raises FuseDiskError if the store cannot be read; a bad replica is listed as "damaged".
+    """
+    _require_directory(store_path)
+    try:
+        directories = sorted(
+            entry
+            for entry in store_path.iterdir()
+            if _REPLICA_NAME.fullmatch(entry.name) and entry.is_dir()
+        )
+    except OSError as error:
+        raise FuseDiskError(f"cannot read store {store_path}: {error.strerror}") from error
+    infos = (_describe(directory) for directory in directories)
+    return [info for info in infos if info is not None]
+
+
+def _require_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise FuseDiskError(f"store {path} is not a directory; create it or check the path")
+
+
+def _describe(directory: Path) -> ReplicaInfo | None:
+    name = directory.name
+    try:
+        manifest = read_manifest(directory)
+    except FuseDiskError as error:
+        size, allocated, _ = _measure_files(directory)
+        return ReplicaInfo(name, "damaged", size, allocated, None, None, False, str(error))
+    if manifest is None:
+        size, allocated, count = _measure_files(directory)
+        if not count:
+            return None
+        return ReplicaInfo(name, "unmanaged", size, allocated, None, None, False, None)
+    size = sum(disk.size for disk in manifest.disks)
+    state: State | Literal["damaged"] = manifest.state
+    allocated = 0
+    problem = None
+    for disk in manifest.disks:
+        try:
+            measured, data = _measure(directory / disk.name)
+        except OSError as error:
+            state = "damaged"
+            problem = f"image {directory / disk.name}: {error.strerror}"
+            continue
+        allocated += data
+        # A promoted image belongs to its guest, who may well have resized it.
+        if measured != disk.size and manifest.state != "promoted":
+            state = "damaged"
+            problem = f"image {directory / disk.name} has {measured} bytes, not {disk.size}"
+    return ReplicaInfo(
+        name,
+        state,
+        size,
+        allocated,
+        manifest.epoch,
+        manifest.generation,
+        manifest.applying,
+        problem,
+    )
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """Return size and allocated bytes of one image."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(0, "not a regular file")
+        return status.st_size, allocated_bytes(fd, status.st_size)
+    finally:
+        os.close(fd)
+
+
+def _measure_files(directory: Path) -> tuple[int, int, int]:
+    """Return size, allocated bytes and number of the files that could be images."""
+    size = allocated = count = 0
+    try:
+        entries = [e for e in directory.iterdir() if not e.name.startswith(PRIVATE_DIRECTORY)]
+    except OSError:
+        return 0, 0, 0
+    for entry in entries:
+        try:
+            one_size, one_allocated = _measure(entry)
+        except OSError:
+            continue
+        size, allocated, count = size + one_size, allocated + one_allocated, count + 1
+    return size, allocated, count
