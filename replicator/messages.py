@@ -1,0 +1,285 @@
+"""What the two ends of a replication say to each other.
+
+Everything structured is a msgspec Struct carried as msgpack, one frame type each. Two events
+are not: `Data` and `Zero`, whose frames are fixed so that bulk bytes are never encoded. How any of
+them becomes bytes is `replicator.wire`'s business.
+
+Every string and list has a bound, so that what the peer sends can make us allocate only so much.
+msgspec checks the bounds when it decodes; `replicator.wire` decodes what it is about to send, so
+that a value out of bounds is the fault of the side that made it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+import xxhash
+from msgspec import Meta, Struct
+
+KIB = 1024
+MIB = 1024 * KIB
+
+DATA_BYTES_MAX = MIB
+"""Bulk bytes in one `Data`."""
+MESSAGE_BYTES_MAX = MIB
+"""Encoded bytes of one structured message."""
+DISKS_MAX = 64
+OFFSET_MAX = 2**63 - 1
+"""The largest offset, and the largest end of a range: what a signed file offset can hold."""
+DIGEST_BYTES = 16
+HASH_BLOCK_BYTES = 64 * KIB
+HASH_LENGTH_MAX = 256 * MIB
+"""Bytes of disk one `HashRequest` may cover."""
+HASH_SEGMENTS_MAX = HASH_LENGTH_MAX // HASH_BLOCK_BYTES
+
+# What an encoded Segment takes besides its digests: four names (31 bytes with their lengths), a map
+# byte, two u64 (18), a bool and the head of a bin (3), rounded up.
+_SEGMENT_OVERHEAD_BYTES_MAX = 64
+
+# The relations between the limits, asserted here and nowhere else. Each segment may end in a short
+# block, so there can be as many blocks again as there are segments.
+assert DISKS_MAX <= 2**16, "a frame header holds a disk in a u16"
+assert DATA_BYTES_MAX + 32 < 2**32 and MESSAGE_BYTES_MAX < 2**32, "lengths are u32"
+assert DATA_BYTES_MAX % HASH_BLOCK_BYTES == 0
+assert (
+    HASH_SEGMENTS_MAX * (_SEGMENT_OVERHEAD_BYTES_MAX + 2 * DIGEST_BYTES) + KIB <= MESSAGE_BYTES_MAX
+), "the largest legal Hashes must fit in a message"
+assert DISKS_MAX * 2 * KIB < MESSAGE_BYTES_MAX, "the largest legal Open must fit in a message"
+
+
+class LocalProtocolError(Exception):
+    """This side tried something the protocol does not allow; the peer has seen nothing of it."""
+
+
+class RemoteProtocolError(Exception):
+    """The peer broke the rules, or bytes were damaged on the way; the text is one line."""
+
+
+# msgspec takes no bound above a signed 64-bit integer; msgpack itself ends at a u64.
+U64: TypeAlias = Annotated[int, Meta(ge=0)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=OFFSET_MAX)]
+Length: TypeAlias = Annotated[int, Meta(ge=1, le=OFFSET_MAX)]
+DiskIndex: TypeAlias = Annotated[int, Meta(ge=0, le=DISKS_MAX - 1)]
+Version: TypeAlias = Annotated[int, Meta(ge=1, le=2**16 - 1)]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=255)]
+Ident: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128)]
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of everything that travels as msgpack."""
+
+
+class Hello(Message, frozen=True):
+    """The sender's first word: the versions it speaks and the seed for hashes of disk blocks."""
+
+    versions: Annotated[list[Version], Meta(min_length=1, max_length=16)]
+    purpose: Literal["replicate", "verify", "resolve", "list"]
+    seed: U64
+
+
+class Welcome(Message, frozen=True):
+    """The receiver's choice among the versions offered."""
+
+    version: Version
+
+
+class DiskInfo(Message, frozen=True):
+    """One disk of an `Open`; later frames name it by its place in the list."""
+
+    name: Name
+    size: Count
+    chunk_size: Length
+
+
+class Open(Message, frozen=True):
+    """Which replica the sender means, and the state of its source."""
+
+    name: Name
+    source_id: Ident
+    instance: Ident
+    generation: Ident
+    epoch: Count
+    disks: Annotated[list[DiskInfo], Meta(min_length=1, max_length=DISKS_MAX)]
+
+
+class Opened(Message, frozen=True):
+    """What the receiver has under that name."""
+
+    state: Literal["new", "existing", "filling", "following", "promoted"]
+    generation: Ident | None
+    epoch: Count | None
+    token: Ident | None
+
+
+class Begin(Message, frozen=True):
+    """A pass starts: what follows until `Commit` belongs to this epoch."""
+
+    epoch: Count
+    kind: Literal["fill", "compare", "pass"]
+
+
+class HashRequest(Message, frozen=True):
+    """Ask the receiver what it holds in a range."""
+
+    disk: DiskIndex
+    offset: Count
+    length: Annotated[int, Meta(ge=1, le=HASH_LENGTH_MAX)]
+
+    def __post_init__(self) -> None:
+        _check_range(self.offset, self.length)
+
+
+class Segment(Message, frozen=True):
+    """A part of a hashed range: all zero, or one digest for each block of 64 KiB.
+
+    Blocks are counted from the segment's own offset; the last may be short.
+    """
+
+    offset: Count
+    length: Annotated[int, Meta(ge=1, le=HASH_LENGTH_MAX)]
+    zero: bool
+    digests: Annotated[bytes, Meta(max_length=HASH_SEGMENTS_MAX * DIGEST_BYTES)]
+
+    def __post_init__(self) -> None:
+        blocks = 0 if self.zero else -(-self.length // HASH_BLOCK_BYTES)
+        if len(self.digests) != blocks * DIGEST_BYTES:
+            raise ValueError("a segment's digests do not match its length")
+
+
+class Hashes(Message, frozen=True):
+    """The answer to a `HashRequest`: segments that cover the range without gap or overlap."""
+
+    disk: DiskIndex
+    offset: Count
+    length: Annotated[int, Meta(ge=1, le=HASH_LENGTH_MAX)]
+    segments: Annotated[list[Segment], Meta(min_length=1, max_length=HASH_SEGMENTS_MAX)]
+
+    def __post_init__(self) -> None:
+        _check_range(self.offset, self.length)
+        position = self.offset
+        for segment in self.segments:
+            if segment.offset != position:
+                raise ValueError("segments leave a gap or overlap")
+            position += segment.length
+        if position != self.offset + self.length:
+            raise ValueError("segments do not cover the range")
+
+
+class Commit(Message, frozen=True):
+    """The pass is complete: how many transfers it had, and a digest over them."""
+
+    generation: Ident
+    epoch: Count
+    transfers: Count
+    digest: Annotated[bytes, Meta(max_length=64)]
+
+
+class Committed(Message, frozen=True):
+    """The pass is durable at the receiver."""
+
+    generation: Ident
+    epoch: Count
+
+
+class Promote(Message, frozen=True):
+    """Make the replica the one that runs; the token says by whose decision."""
+
+    token: Ident
+    epoch: Count
+
+
+class Promoted(Message, frozen=True):
+    """The replica is promoted under this token, at this epoch."""
+
+    token: Ident
+    epoch: Count
+
+
+class Abort(Message, frozen=True):
+    """Never promote under this token."""
+
+    token: Ident
+
+
+class Aborted(Message, frozen=True):
+    """The token is void for good."""
+
+    token: Ident
+
+
+class Resolve(Message, frozen=True):
+    """Ask how a promotion ended whose answer was lost."""
+
+    name: Name
+    source_id: Ident
+    token: Ident
+
+
+class Ping(Message, frozen=True):
+    """Is anybody there?"""
+
+    nonce: U64
+
+
+class Pong(Message, frozen=True):
+    """The answer to a `Ping`, with its nonce."""
+
+    nonce: U64
+
+
+class Failed(Message, frozen=True):
+    """The last word of a side that cannot go on."""
+
+    code: Annotated[str, Meta(min_length=1, max_length=64)]
+    message: Annotated[str, Meta(max_length=1024)]
+
+
+class Bye(Message, frozen=True):
+    """The last word of a side that is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Bytes of a disk, with the xxh3-128 of them."""
+
+    disk: int
+    offset: int
+    digest: bytes
+    data: memoryview
+
+    @classmethod
+    def of(cls, disk: int, offset: int, data: bytes | bytearray | memoryview) -> Data:
+        """Make one with the digest computed here. The bytes are not copied."""
+        view = memoryview(data)
+        return cls(disk, offset, xxhash.xxh3_128_digest(view), view)
+
+    def verify(self) -> None:
+        """Compare the bytes with their digest.
+
+        Apart from decoding, because hashing a megabyte is work a session may want on a thread.
+
+        Raises:
+            RemoteProtocolError: they are not the bytes that were sent.
+        """
+        if xxhash.xxh3_128_digest(self.data) != self.digest:
+            raise RemoteProtocolError(
+                f"data of disk {self.disk} at offset {self.offset} does not match its digest"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """A run of a disk that reads as zeros."""
+
+    disk: int
+    offset: int
+    length: int
+
+
+Event: TypeAlias = Message | Data | Zero
+
+
+def _check_range(offset: int, length: int) -> None:
+    if offset + length > OFFSET_MAX:
+        raise ValueError("the range ends beyond the largest offset")
