@@ -1,0 +1,107 @@
+"""The ``fusedisk`` command."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from fusedisk import mounting
+from fusedisk.errors import FuseDiskError
+from fusedisk.status import status as mount_status
+from fusedisk.units import parse_size
+
+
+@click.group()
+def cli() -> None:
+    """A guest's disk as a file in a FUSE mount that knows what changed."""
+
+
+def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else parse_size(text)
+
+
+def _mode(_: click.Context, __: click.Parameter, text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise click.BadParameter("write it in octal, for example 640")
+    return mode
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("-f", "--foreground", is_flag=True, help="Stay until it is unmounted.")
+@click.option("--create", "create_size", callback=_size, metavar="SIZE", help="Make missing ones.")
+@click.option("--chunk-size", callback=_size, default="64KiB", show_default=True)
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Default: beside the first.")
+@click.option("--read-only", is_flag=True)
+@click.option("--allow-other", is_flag=True, help="Let other users in, as far as the mode does.")
+@click.option("--uid", type=click.IntRange(0, 2**32 - 2))
+@click.option("--gid", type=click.IntRange(0, 2**32 - 2))
+@click.option("--mode", callback=_mode, default="600", show_default=True)
+def mount(
+    images: tuple[Path, ...],
+    mountpoint: Path,
+    foreground: bool,
+    create_size: int | None,
+    chunk_size: int,
+    state_dir: Path | None,
+    read_only: bool,
+    allow_other: bool,
+    uid: int | None,
+    gid: int | None,
+    mode: int,
+) -> None:
+    """Serve raw images or block devices; each appears as MOUNTPOINT/<basename>."""
+    options = mounting.MountOptions(
+        create_size=create_size,
+        chunk_size=chunk_size,
+        state_dir=state_dir,
+        read_only=read_only,
+        allow_other=allow_other,
+        uid=uid,
+        gid=gid,
+        mode=mode,
+        foreground=foreground,
+    )
+    distrust = mounting.mount(images, mountpoint, options)
+    if distrust:
+        click.echo(f"fusedisk: the change map is not trusted and begins anew: {distrust}", err=True)
+
+
+@cli.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def unmount(mountpoint: Path) -> None:
+    """Flush, record a clean state, end the daemons."""
+    mounting.unmount(mountpoint)
+
+
+@cli.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True)
+def status(mountpoint: Path, as_json: bool) -> None:
+    """Show the disks of a mount and how much of them was written."""
+    found = mount_status(mountpoint)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    fence = ", fenced" if found["fenced"] else ""
+    click.echo(f"{found['mountpoint']}: epoch {found['epoch']}{fence}")
+    for disk in found["disks"]:
+        click.echo(
+            f"  {disk['name']}: {disk['size']} bytes, {disk['allocated']} allocated, "
+            f"{disk['changed_chunks']} of {disk['chunks']} chunks written"
+        )
+
+
+def main() -> None:
+    """Entry point: an error is one line and its exit status."""
+    try:
+        cli.main(prog_name="fusedisk", standalone_mode=True)
+    except FuseDiskError as error:
+        click.echo(f"fusedisk: {error}", err=True)
+        sys.exit(error.exit_code)

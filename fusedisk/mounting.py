@@ -1,0 +1,172 @@
+"""Mounting and unmounting as the command line does it: check everything, then start the keeper."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusedisk.changemap import CHUNK_MAX, CHUNK_MIN
+from fusedisk.errors import FuseDiskError, UsageError
+from fusedisk.image import Image, create_image, open_image
+from fusedisk.keeper import unmount as fusermount
+from fusedisk.state import default_state_dir, lock_state, locked, prepare, read_mount_record
+
+_FLUSH_SECONDS_MAX = 600.0
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """What ``fusedisk mount`` was asked for; sizes in bytes."""
+
+    create_size: int | None = None
+    chunk_size: int = 64 << 10
+    state_dir: Path | None = None
+    read_only: bool = False
+    allow_other: bool = False
+    uid: int | None = None
+    gid: int | None = None
+    mode: int = 0o600
+    foreground: bool = False
+
+
+def find_state(mountpoint: Path) -> Path:
+    """State directory of a mount, read from the kernel's table: the server need not answer.
+
+    Raises FuseDiskError where nothing of ours is mounted.
+    """
+    wanted = os.path.realpath(mountpoint)
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, source = after.split(" ")[:2]
+        if kind == "fuse.fusedisk" and _unescape(before.split(" ")[4]) == wanted:
+            found = Path(_unescape(source))
+    if found is None:
+        raise FuseDiskError(f"{mountpoint} is not a fusedisk mount")
+    return found
+
+
+def _unescape(text: str) -> str:
+    """Undo the octal escapes of mountinfo (kernel: fs/seq_file.c, mangle_path)."""
+    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(text))
+    return os.fsdecode(raw)
+
+
+def mount(images: Sequence[Path], mountpoint: Path, options: MountOptions) -> str | None:
+    """Mount ``images``; return when they are usable.
+
+    Returns why the change maps were not trusted, or None. In the foreground it returns after the
+    unmount. Raises FuseDiskError; then nothing is mounted and no image has changed.
+    """
+    if options.chunk_size & (options.chunk_size - 1) or not (
+        CHUNK_MIN <= options.chunk_size <= CHUNK_MAX
+    ):
+        raise UsageError("--chunk-size must be a power of two from 4KiB to 16MiB")
+    _check_mountpoint(mountpoint)
+    names = [image.name for image in images]
+    for name in names:
+        if names.count(name) > 1:
+            raise FuseDiskError(f"two images are named {name}; rename one")
+    missing = [i for i in images if options.create_size is not None and not os.path.lexists(i)]
+    made: list[Path] = []
+    opened: list[Image] = []
+    lock = -1
+    try:
+        for path in missing:
+            create_image(path, options.create_size or 0)
+            made.append(path)
+        for path in images:
+            opened.append(open_image(path, read_only=options.read_only))
+        state = (options.state_dir or default_state_dir(images[0])).absolute()
+        lock = lock_state(state)
+        distrust = prepare(
+            state,
+            mountpoint.resolve(),
+            opened,
+            options.chunk_size,
+            read_only=options.read_only,
+        )
+        keeper = _start_keeper(state, lock, mountpoint.resolve(), opened, options)
+    except BaseException:
+        for path in made:
+            path.unlink()
+        raise
+    finally:
+        for image in opened:
+            os.close(image.fd)
+        if lock >= 0:
+            os.close(lock)
+    if options.foreground and keeper.wait() != 0:
+        raise FuseDiskError(f"the disk server failed; see the logs in {state}")
+    return distrust
+
+
+def _check_mountpoint(mountpoint: Path) -> None:
+    try:
+        content = os.listdir(mountpoint)
+    except OSError as error:
+        raise FuseDiskError(f"cannot mount on {mountpoint}: {error.strerror}") from None
+    if content or mountpoint.is_mount():
+        raise FuseDiskError(f"mountpoint {mountpoint} is not an empty directory; choose another")
+
+
+def _start_keeper(
+    state: Path, lock: int, mountpoint: Path, images: Sequence[Image], options: MountOptions
+) -> subprocess.Popen[bytes]:
+    source = str(state).replace("\\", "\\\\").replace(",", "\\,")
+    mount_options = [f"fsname={source}", "subtype=fusedisk", "nosuid", "nodev"]
+    mount_options += ["default_permissions"]
+    mount_options += ["ro"] if options.read_only else ["rw"]
+    mount_options += ["allow_other"] if options.allow_other else []
+    ready, told = os.pipe()
+    fds = ",".join(str(image.fd) for image in images)
+    with os.fdopen(ready, "rb") as answers:
+        try:
+            keeper = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "fusedisk.keeper"),
+                    *("--state", str(state), "--mountpoint", str(mountpoint)),
+                    *("--options", "\n".join(mount_options), "--images", fds),
+                    *("--uid", str(os.getuid() if options.uid is None else options.uid)),
+                    *("--gid", str(os.getgid() if options.gid is None else options.gid)),
+                    *("--mode", f"{options.mode:o}"),
+                    *("--ready", str(told), "--lock", str(lock)),
+                ],
+                pass_fds=[told, lock, *(image.fd for image in images)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=not options.foreground,
+            )
+        finally:
+            os.close(told)
+        answer = answers.readline().decode(errors="replace").strip()
+    if answer != "ready":
+        keeper.wait()
+        raise FuseDiskError(f"cannot mount: {answer or f'the server failed, see {state}'}")
+    for image in images:
+        (mountpoint / image.name).stat()
+    return keeper
+
+
+def unmount(mountpoint: Path) -> None:
+    """Flush, record a clean state, and end the daemons. Raises FuseDiskError.
+
+    A busy mount is refused by the kernel and stays as it is. Senders read the images, not the
+    mount, so they never make it busy.
+    """
+    state = find_state(mountpoint)
+    failure = fusermount(str(mountpoint.resolve()))
+    if failure is not None:
+        raise FuseDiskError(f"not unmounted: {failure}; close what uses the disks")
+    deadline = time.monotonic() + _FLUSH_SECONDS_MAX
+    while locked(state):
+        if time.monotonic() > deadline:
+            raise FuseDiskError(f"unmounted, but the server is still flushing; see {state}")
+        time.sleep(0.01)
+    if not read_mount_record(state).read_only and not (state / "clean.json").exists():
+        raise FuseDiskError(f"unmounted, but the last flush failed; see {state / 'server.log'}")
