@@ -106,6 +106,9 @@ class DiskFilesystem(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
         self._disk(inode)
+        # The kernel leaves O_TRUNC to open instead of asking setattr, and forgets the size after.
+        if flags & os.O_TRUNC:
+            raise pyfuse3.FUSEError(errno.EPERM)
         # Only this mount changes the image, so cached pages stay right across opens.
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
