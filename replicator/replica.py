@@ -361,9 +361,7 @@ class Replica:
         """"new" if `open` created the replica, else "existing"."""
 
     @classmethod
-    def open(
-        cls, store: Store, name: str, source_id: str, disks: Sequence[ReplicaDisk]
-    ) -> Replica:
+    def open(cls, store: Store, name: str, source_id: str, disks: Sequence[ReplicaDisk]) -> Replica:
         """Open the replica `name` of the source's `disks`, in the source's order of disks.
 
         Creates it if there is none; adopts images without a manifest, as of unknown history.

@@ -1,0 +1,166 @@
+"""A sender's life: connect, synchronise, follow; and again after every loss of the link."""
+
+import fcntl
+import logging
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from fusedisk.errors import FuseDiskError
+from fusedisk.state import write_durably
+from replicator.address import Address, connect
+from replicator.link import Link, LinkLost
+from replicator.messages import RemoteProtocolError
+from replicator.progress import Progress
+from replicator.sender import Session
+from replicator.source import Source
+
+log = logging.getLogger("replicator.sender")
+
+_RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
+_CONNECT_SECONDS_MAX = 10.0
+_KEEPALIVE_SECONDS = 5.0
+
+
+class ReplicaRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """What the source remembers of a replica; the target's own record decides."""
+
+    name: str
+    address: str
+    generation: str | None = None
+    epoch: int | None = None
+
+
+def lock_replica(state: Path, name: str) -> int:
+    """Make sure that one sender serves a replica. Raises FuseDiskError where one runs."""
+    folder = state / "replicas"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    fd = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise FuseDiskError(
+            f"replica {name} has a running sender; stop it first, or choose another --name"
+        ) from None
+    return fd
+
+
+class Follower:
+    """Keeps one replica up to date until told to stop."""
+
+    def __init__(
+        self, source: Source, name: str, address: Address, *, rpo_seconds: float, once: bool
+    ) -> None:
+        self._source, self._name, self._address = source, name, address
+        self._rpo_seconds, self._once = rpo_seconds, once
+        self._instance = str(uuid.uuid4())
+        self._session: Session | None = None
+        self._retry_seconds = _RETRY_SECONDS_MIN
+        self.state = "connecting"
+        self.error: str | None = None
+        self.committed: int | None = None
+        self.wake = trio.Event()
+        self.on_change: Callable[[], None] = lambda: None
+
+    async def run(self) -> None:
+        """Replicate. Returns with ``once`` when nothing is left to send, or when unmounted.
+
+        Raises FuseDiskError for what trying again would not mend.
+        """
+        while True:
+            try:
+                self._set_state("connecting")
+                await self._one_link()
+                return
+            except (LinkLost, OSError, trio.TooSlowError) as error:
+                self.error = str(error) or "the receiver does not answer"
+            except RemoteProtocolError as error:
+                raise FuseDiskError(f"the receiver at {self._address} is none: {error}") from None
+            if not self._source.mounted:
+                return
+            self._set_state("waiting")
+            log.warning("%s; trying again in %.1f s", self.error, self._retry_seconds)
+            await trio.sleep(self._retry_seconds)
+            self._retry_seconds = min(2 * self._retry_seconds, _RETRY_SECONDS_MAX)
+
+    async def _one_link(self) -> None:
+        with trio.fail_after(_CONNECT_SECONDS_MAX):
+            stream = await connect(self._address)
+        link = Link(stream, "sender")
+        session = self._session = Session(self._source, link, self._name, self._instance)
+        try:
+            opened = await session.open()
+            self.error = None
+            self._retry_seconds = _RETRY_SECONDS_MIN
+            session.on_phase = self._set_state
+            await session.synchronise(opened)
+            if session.cause:
+                log.info("compared the whole replica, because %s", session.cause)
+            await self._note_commit(session)
+            await self._follow(session)
+        finally:
+            await session.goodbye()
+            await link.close()
+
+    async def _follow(self, session: Session) -> None:
+        self._set_state("following")
+        while self._source.mounted:
+            assert session.committed is not None
+            if self._source.changed_chunks(session.committed):
+                await session.next_pass()
+                await self._note_commit(session)
+                if not self._once:
+                    await self._rest(self._rpo_seconds / 2)
+            elif self._once:
+                return
+            else:
+                await session.ping()
+                await self._rest(min(self._rpo_seconds / 2, _KEEPALIVE_SECONDS))
+
+    async def _rest(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self.wake.wait()
+
+    async def _note_commit(self, session: Session) -> None:
+        self.committed = session.committed
+        record = ReplicaRecord(
+            self._name, str(self._address), self._source.record.generation, session.committed
+        )
+        path = self._source.state / "replicas" / f"{self._name}.json"
+        await trio.to_thread.run_sync(write_durably, path, msgspec.json.encode(record))
+        self.on_change()
+
+    def _set_state(self, state: str) -> None:
+        self.state = state
+        log.info("%s", state)
+        self.on_change()
+
+    @property
+    def progress(self) -> Progress:
+        """Progress of the current phase."""
+        return self._session.progress if self._session else Progress()
+
+    def report(self) -> dict[str, Any]:
+        """This replica's entry in ``replicator status --json``."""
+        session = self._session
+        lag = self._source.changed_chunks(self.committed or 0)
+        return {
+            "name": self._name,
+            "address": str(self._address),
+            "state": self.state,
+            "progress": self.progress.report(),
+            "lag": {"chunks": lag, "bytes": sum(self._source.changed_bytes(self.committed or 0))},
+            "epoch": {"current": self._source.control.epoch, "committed": self.committed},
+            "sent": {
+                "data_bytes": session.data_bytes if session else 0,
+                "zero_bytes": session.zero_bytes if session else 0,
+            },
+            "error": self.error,
+            "sender": {"pid": os.getpid()},
+        }

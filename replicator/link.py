@@ -1,0 +1,98 @@
+"""A stream that speaks the protocol: events in, events out."""
+
+from typing import TypeVar
+
+import trio
+
+from fusedisk.errors import FuseDiskError
+from replicator.messages import (
+    Bye,
+    Event,
+    Failed,
+    LocalProtocolError,
+    Pong,
+    RemoteProtocolError,
+)
+from replicator.wire import Connection, Role
+
+Expected = TypeVar("Expected", bound=Event)
+
+
+class LinkLost(Exception):
+    """The connection ended; what was not committed is sent again over the next one."""
+
+
+class Link:
+    """One connection. A cancelled `send` leaves half a frame behind, so the link is then done."""
+
+    def __init__(self, stream: trio.SocketStream, role: Role) -> None:
+        self._stream = stream
+        self._connection = Connection(role)
+        # Invariant: buffers reach the stream in the order in which the protocol saw the events.
+        self._sending = trio.Lock()
+        self.sent_bytes = 0
+
+    async def send(self, event: Event) -> None:
+        """Raises LinkLost, or LocalProtocolError for an event out of turn."""
+        async with self._sending:
+            try:
+                for buffer in self._connection.send(event):
+                    await self._stream.send_all(buffer)
+                    self.sent_bytes += len(buffer)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise LinkLost("the connection was lost") from error
+
+    async def receive(self) -> Event:
+        """The next event. Raises LinkLost at the end, RemoteProtocolError on a broken rule."""
+        while True:
+            buffer = self._connection.get_buffer()
+            try:
+                count = await self._stream.socket.recv_into(buffer)
+            except (OSError, trio.ClosedResourceError) as error:
+                raise LinkLost("the connection was lost") from error
+            if count == 0:
+                self._connection.eof()
+                raise LinkLost("the peer closed the connection")
+            if events := self._connection.received(count):
+                return events[0]
+
+    async def expect(self, kind: type[Expected]) -> Expected:
+        """The next event other than a Pong, which must be a ``kind``.
+
+        Raises LinkLost, Refused or RemoteProtocolError.
+        """
+        while True:
+            event = await self.receive()
+            if isinstance(event, Failed):
+                raise_failed(event)
+            if isinstance(event, kind):
+                return event
+            if isinstance(event, Bye):
+                raise LinkLost("the receiver is shutting down")
+            if not isinstance(event, Pong):
+                raise RemoteProtocolError(f"peer sent {type(event).__name__} out of turn")
+
+    async def close(self) -> None:
+        """Close the stream, whatever state the conversation is in."""
+        await trio.aclose_forcefully(self._stream)
+
+
+async def say_last(link: Link, event: Event) -> None:
+    """Try for a moment to send a last word; a peer that is gone misses nothing."""
+    with trio.move_on_after(1, shield=True):
+        try:
+            await link.send(event)
+        except (LinkLost, LocalProtocolError, RemoteProtocolError):
+            return
+
+
+class Refused(FuseDiskError):
+    """The peer refused; trying again would be refused again."""
+
+
+def raise_failed(event: Failed) -> None:
+    """Turn the peer's last word into an error: Refused, or LinkLost where a retry may help."""
+    text = "".join(c if c.isprintable() else " " for c in event.message)
+    if event.code == "refused":
+        raise Refused(text)
+    raise LinkLost(f"the receiver failed: {text}")

@@ -1,0 +1,226 @@
+"""The receiving end: one session for each connection, one ordered worker for each session.
+
+The reader task only queues; the worker does everything in the order of the wire, so that an answer
+(Committed, Pong, Hashes) means that all before it has reached the images.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from fusedisk.errors import FuseDiskError
+from replicator import messages as m
+from replicator.address import Address, TcpAddress, UnixAddress
+from replicator.link import Link, LinkLost, say_last
+from replicator.replica import Replica, ReplicaDisk
+from replicator.store import Store
+from replicator.transfers import TransferDigest
+
+log = logging.getLogger("replicator.receiver")
+
+_HANDSHAKE_SECONDS = 10.0
+_QUEUED_EVENTS_MAX = 16
+
+
+class _Active:
+    """A session that holds a replica, so that a newer one of the same source can take over."""
+
+    def __init__(self, source_id: str) -> None:
+        self.source_id = source_id
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+
+class Receiver:
+    """Sessions over one store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._active: dict[str, _Active] = {}
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Run one session to its end; errors of the peer end the session, never the receiver."""
+        link = Link(stream, "receiver")
+        try:
+            await self._session(link)
+        except LinkLost as error:
+            log.info("session ended: %s", error)
+        except m.RemoteProtocolError as error:
+            log.warning("session refused: %s", error)
+            await say_last(link, m.Failed("protocol", str(error)[:1000]))
+        except FuseDiskError as error:
+            log.warning("session refused: %s", error)
+            await say_last(link, m.Failed("refused", str(error)[:1000]))
+        except OSError as error:
+            log.error("session failed: %s", error)
+            await say_last(link, m.Failed("io", str(error)[:1000]))
+        except trio.Cancelled:
+            await say_last(link, m.Bye())
+            raise
+        finally:
+            await link.close()
+
+    async def _session(self, link: Link) -> None:
+        with trio.move_on_after(_HANDSHAKE_SECONDS) as limit:
+            hello = await link.expect(m.Hello)
+            if 1 not in hello.versions:
+                raise FuseDiskError("no protocol version in common; upgrade the older side")
+            await link.send(m.Welcome(1))
+            opening = await link.expect(m.Open)
+        if limit.cancelled_caught:
+            raise LinkLost("nothing was asked for in time")
+        active = await self._claim(opening)
+        try:
+            with active.scope:
+                await self._run(link, hello, opening)
+            if active.scope.cancelled_caught:
+                raise LinkLost("a newer session of the same source took over")
+        finally:
+            del self._active[opening.name]
+            active.ended.set()
+
+    async def _claim(self, opening: m.Open) -> _Active:
+        while (older := self._active.get(opening.name)) is not None:
+            if older.source_id != opening.source_id:
+                raise FuseDiskError(
+                    f"replica {opening.name} is receiving from another source; choose another name"
+                )
+            # The source runs one sender for a replica, so the older session is half open.
+            older.scope.cancel()
+            await older.ended.wait()
+        active = _Active(opening.source_id)
+        self._active[opening.name] = active
+        return active
+
+    async def _run(self, link: Link, hello: m.Hello, opening: m.Open) -> None:
+        disks = [ReplicaDisk(d.name, d.size, d.chunk_size) for d in opening.disks]
+        replica = await trio.to_thread.run_sync(
+            Replica.open, self._store, opening.name, opening.source_id, disks
+        )
+        try:
+            manifest = replica.manifest
+            state = "new" if replica.status == "new" else manifest.state
+            await link.send(m.Opened(state, manifest.generation, manifest.epoch, manifest.token))
+            log.info("replica %s: %s at epoch %s", opening.name, state, manifest.epoch)
+            queue, events = trio.open_memory_channel[m.Event](_QUEUED_EVENTS_MAX)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_read, link, queue)
+                    await _work(link, replica, events, hello.seed)
+                    nursery.cancel_scope.cancel()
+            except* (LinkLost, FuseDiskError, m.RemoteProtocolError, OSError) as group:
+                raise first_error(group) from None
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(replica.close)
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One error out of a nursery's group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _read(link: Link, queue: trio.MemorySendChannel[m.Event]) -> None:
+    async with queue:
+        while True:
+            event = await link.receive()
+            await queue.send(event)
+            if isinstance(event, m.Bye | m.Failed):
+                return
+
+
+async def _work(
+    link: Link, replica: Replica, events: trio.MemoryReceiveChannel[m.Event], seed: int
+) -> None:
+    digest = TransferDigest()
+    async for event in events:
+        match event:
+            case m.Data():
+                digest.add(event)
+                await trio.to_thread.run_sync(_store_data, replica, event)
+            case m.Zero():
+                digest.add(event)
+                await trio.to_thread.run_sync(replica.zero, event.disk, event.offset, event.length)
+            case m.HashRequest():
+                await link.send(await trio.to_thread.run_sync(_hash, replica, event, seed))
+            case m.Begin():
+                digest = TransferDigest()
+                await trio.to_thread.run_sync(replica.begin, event.epoch)
+            case m.Commit():
+                if (event.transfers, event.digest) != (digest.count, digest.value()):
+                    raise m.RemoteProtocolError("the pass is not the one that was sent")
+                await trio.to_thread.run_sync(replica.commit, event.generation, event.epoch)
+                await link.send(m.Committed(event.generation, event.epoch))
+            case m.Promote():
+                await trio.to_thread.run_sync(replica.promote, event.token, event.epoch)
+                await link.send(m.Promoted(event.token, event.epoch))
+            case m.Abort():
+                await trio.to_thread.run_sync(replica.abort, event.token)
+                await link.send(m.Aborted(event.token))
+            case m.Ping():
+                await link.send(m.Pong(event.nonce))
+            case m.Bye() | m.Failed():
+                return
+
+
+def _store_data(replica: Replica, data: m.Data) -> None:
+    # Invariant: nothing is written that is not what the sender read.
+    data.verify()
+    replica.write(data.disk, data.offset, data.data)
+
+
+def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:
+    segments = [
+        m.Segment(s.offset, s.length, s.zero, s.digests)
+        for s in replica.hashes(asked.disk, asked.offset, asked.length, seed)
+    ]
+    return m.Hashes(asked.disk, asked.offset, asked.length, segments)
+
+
+async def listen(address: Address) -> tuple[trio.SocketListener, Address]:
+    """A listener and the address it really has. Raises OSError."""
+    if isinstance(address, UnixAddress):
+        if Path(address.path).is_socket():
+            _remove_stale(address.path)
+        sock = trio.socket.socket(trio.socket.AF_UNIX)
+        await sock.bind(address.path)
+        Path(address.path).chmod(0o600)
+        sock.listen(64)
+        return trio.SocketListener(sock), address
+    listener = (await trio.open_tcp_listeners(address.port, host=address.host))[0]
+    return listener, TcpAddress(address.host, listener.socket.getsockname()[1])
+
+
+def _remove_stale(path: str) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            os.unlink(path)
+
+
+async def receive(store: Store, addresses: Sequence[Address]) -> None:
+    """Serve until cancelled; prints one line for each address once it accepts."""
+    receiver = Receiver(store)
+    bound = []
+    try:
+        listeners = []
+        for address in addresses:
+            listener, real = await listen(address)
+            listeners.append(listener)
+            bound.append(real)
+        for real in bound:
+            print(f"listening on {real}", flush=True)
+        await trio.serve_listeners(receiver.serve, listeners)
+    finally:
+        for real in bound:
+            if isinstance(real, UnixAddress):
+                Path(real.path).unlink(missing_ok=True)

@@ -1,0 +1,180 @@
+"""One session of the sending end: handshake, compare or fill, then epoch after epoch."""
+
+import secrets
+from collections.abc import Callable, Iterator
+
+import trio
+
+from fusedisk.errors import FuseDiskError
+from fusedisk.extents import allocated_bytes, data_extents
+from replicator import messages as m
+from replicator.link import Link, say_last
+from replicator.progress import Progress
+from replicator.source import Source
+from replicator.transfers import TransferDigest, differing, pieces, read_transfers
+
+_ANSWER_SECONDS_MAX = 60.0
+
+
+class Session:
+    """Sends one replica over one link. ``committed`` is the last epoch the target has durably."""
+
+    def __init__(self, source: Source, link: Link, name: str, instance: str) -> None:
+        self._source, self._link = source, link
+        self._name, self._instance = name, instance
+        self._seed = secrets.randbits(63)
+        self._digest = TransferDigest()
+        self.progress = Progress()
+        self.committed: int | None = None
+        self.cause: str | None = None
+        self.data_bytes = self.zero_bytes = 0
+        self.on_phase: Callable[[str], None] = lambda _: None
+
+    async def open(self) -> m.Opened:
+        """Shake hands. Raises Refused, LinkLost or RemoteProtocolError."""
+        record = self._source.record
+        with trio.fail_after(_ANSWER_SECONDS_MAX):
+            await self._link.send(m.Hello([1], "replicate", self._seed))
+            await self._link.expect(m.Welcome)
+            disks = [m.DiskInfo(d.name, d.size, d.chunk_size) for d in record.disks]
+            await self._link.send(
+                m.Open(
+                    self._name,
+                    record.source_id,
+                    self._instance,
+                    record.generation,
+                    self._source.control.epoch,
+                    disks,
+                )
+            )
+            return await self._link.expect(m.Opened)
+
+    async def synchronise(self, opened: m.Opened) -> None:
+        """Bring the target to a committed epoch of this generation.
+
+        A target with a history that is not ours is compared by hash; nothing is believed.
+        """
+        if opened.state == "new":
+            await self._fill()
+        elif opened.generation == self._source.record.generation and opened.epoch is not None:
+            if opened.epoch >= self._source.control.epoch:
+                raise FuseDiskError(
+                    f"replica {self._name} is ahead of its source; was an old copy of the state "
+                    "directory put back? Remove the replica, or the state directory"
+                )
+            self.committed = opened.epoch
+        else:
+            self.cause = (
+                "the source began a new generation"
+                if opened.generation
+                else "what the target holds is not known"
+            )
+            await self._compare()
+
+    async def next_pass(self) -> None:
+        """Close an epoch and send what changed since the committed one."""
+        assert self.committed is not None
+        since = self.committed
+        epoch = await self._source.close_epoch()
+        totals = await trio.to_thread.run_sync(self._source.changed_bytes, since)
+        self.progress.begin("pass", totals)
+        await self._begin(epoch, "pass")
+        for disk in range(len(totals)):
+            ranges = await trio.to_thread.run_sync(self._source.changed_ranges, disk, since)
+            await self._send_ranges(disk, ranges, holes=True)
+        await self._commit(epoch)
+
+    async def ping(self) -> None:
+        """Prove the round trip through the target's worker. Raises TooSlowError."""
+        nonce = secrets.randbits(32)
+        with trio.fail_after(_ANSWER_SECONDS_MAX):
+            await self._link.send(m.Ping(nonce))
+            while True:
+                event = await self._link.receive()
+                if isinstance(event, m.Pong) and event.nonce == nonce:
+                    return
+                if isinstance(event, m.Failed | m.Bye):
+                    raise trio.TooSlowError("the receiver ended the session")
+
+    async def goodbye(self) -> None:
+        """End the session in order."""
+        await say_last(self._link, m.Bye())
+
+    async def _fill(self) -> None:
+        self.on_phase("filling")
+        epoch = await self._source.close_epoch()
+        disks = self._source.record.disks
+        self.progress.begin(
+            "fill",
+            [allocated_bytes(fd, d.size) for fd, d in zip(self._source.fds, disks, strict=True)],
+        )
+        await self._begin(epoch, "fill")
+        for disk, fd in enumerate(self._source.fds):
+            extents = data_extents(fd, 0, disks[disk].size)
+            await self._send_ranges(disk, ((o, o + n) for o, n in extents), holes=False)
+        await self._commit(epoch)
+
+    async def _compare(self) -> None:
+        self.on_phase("comparing")
+        epoch = await self._source.close_epoch()
+        disks = self._source.record.disks
+        self.progress.begin("compare", [d.size for d in disks])
+        await self._begin(epoch, "compare")
+        for disk, fd in enumerate(self._source.fds):
+            for offset in range(0, disks[disk].size, m.HASH_LENGTH_MAX):
+                length = min(m.HASH_LENGTH_MAX, disks[disk].size - offset)
+                await self._link.send(m.HashRequest(disk, offset, length))
+                with trio.fail_after(_ANSWER_SECONDS_MAX):
+                    answer = await self._link.expect(m.Hashes)
+                if (answer.disk, answer.offset, answer.length) != (disk, offset, length):
+                    raise m.RemoteProtocolError("peer hashed another range")
+                ranges = await trio.to_thread.run_sync(differing, fd, answer.segments, self._seed)
+                await self._send_ranges(disk, ranges, holes=True, count=False)
+                self.progress.advance(disk, length, trio.current_time())
+        await self._commit(epoch)
+
+    async def _begin(self, epoch: int, kind: str) -> None:
+        self._digest = TransferDigest()
+        await self._link.send(m.Begin(epoch, kind))  # type: ignore[arg-type]
+
+    async def _commit(self, epoch: int) -> None:
+        generation = self._source.record.generation
+        await self._link.send(m.Commit(generation, epoch, self._digest.count, self._digest.value()))
+        with trio.fail_after(_ANSWER_SECONDS_MAX):
+            answer = await self._link.expect(m.Committed)
+        if (answer.generation, answer.epoch) != (generation, epoch):
+            raise m.RemoteProtocolError("peer committed another epoch")
+        self.committed = epoch
+
+    async def _send_ranges(
+        self,
+        disk: int,
+        ranges: Iterator[tuple[int, int]] | list[tuple[int, int]],
+        *,
+        holes: bool,
+        count: bool = True,
+    ) -> None:
+        fd = self._source.fds[disk]
+        for start, end in ranges:
+            for offset, length, data in pieces(fd, start, end):
+                if data:
+                    transfers = await trio.to_thread.run_sync(
+                        read_transfers, fd, disk, offset, length
+                    )
+                else:
+                    transfers = [m.Zero(disk, offset, length)]
+                for transfer in transfers:
+                    await self._send_transfer(transfer, holes=holes)
+                if count:
+                    self.progress.advance(disk, length, trio.current_time())
+
+    async def _send_transfer(self, transfer: m.Data | m.Zero, *, holes: bool) -> None:
+        if isinstance(transfer, m.Zero):
+            self.zero_bytes += transfer.length
+            if not holes:
+                # A new target is one hole.
+                return
+        else:
+            self.data_bytes += len(transfer.data)
+        self._digest.add(transfer)
+        await self._link.send(transfer)

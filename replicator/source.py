@@ -1,0 +1,77 @@
+"""The sender's view of a mount: its images, its change maps, and the epoch counter."""
+
+import os
+from pathlib import Path
+
+import trio
+
+from fusedisk.changemap import ChangeMap, Control
+from fusedisk.errors import FuseDiskError
+from fusedisk.mounting import find_state
+from fusedisk.state import locked, read_mount_record
+
+_QUIET_POLL_SECONDS = 0.001
+
+
+class Source:
+    """A mounted set of disks, read directly from the backing images.
+
+    Raises FuseDiskError where nothing is mounted or the state cannot be read.
+    """
+
+    def __init__(self, mountpoint: Path) -> None:
+        self.state = find_state(mountpoint)
+        self.record = read_mount_record(self.state)
+        self.fds: list[int] = []
+        try:
+            self.control = Control(self.state / "control", True)
+            self.maps = [ChangeMap(self.state / f"{i}.map") for i in range(len(self.record.disks))]
+            for disk in self.record.disks:
+                self.fds.append(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC))
+        except (OSError, ValueError) as error:
+            self.close()
+            raise FuseDiskError(f"cannot read the disks of {mountpoint}: {error}") from None
+
+    def close(self) -> None:
+        """Close the images."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+    @property
+    def mounted(self) -> bool:
+        """Whether the mount still lives."""
+        return locked(self.state)
+
+    async def close_epoch(self) -> int:
+        """Begin the next epoch; return the one before it, once no writer is left in it.
+
+        Invariant: every write of the returned epoch is marked and in the image by then.
+        """
+        epoch = self.control.advance()
+        while not self.control.quiet(epoch):
+            if not self.mounted:
+                raise FuseDiskError("the mount is gone; mount it again and start again")
+            await trio.sleep(_QUIET_POLL_SECONDS)
+        return epoch
+
+    def changed_chunks(self, since: int) -> int:
+        """Chunks of all disks written after epoch ``since``."""
+        return sum(changes.count(since) for changes in self.maps)
+
+    def changed_bytes(self, since: int) -> list[int]:
+        """For each disk, bytes written after ``since``, rounded up to chunks."""
+        return [
+            min(m.count(since) * m.chunk_size, disk.size)
+            for m, disk in zip(self.maps, self.record.disks, strict=True)
+        ]
+
+    def changed_ranges(self, disk: int, since: int) -> list[tuple[int, int]]:
+        """(start, end) of the ranges of one disk written after ``since``, neighbours joined."""
+        changes, size = self.maps[disk], self.record.disks[disk].size
+        ranges, start = [], 0
+        while runs := changes.runs(since, start):
+            for first, count in runs:
+                start = first + count
+                ranges.append((first * changes.chunk_size, min(start * changes.chunk_size, size)))
+        return ranges
