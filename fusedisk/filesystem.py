@@ -38,10 +38,17 @@ class DiskFilesystem(pyfuse3.Operations):
     """
 
     def __init__(
-        self, control: Control, disks: Sequence[ServedDisk], uid: int, gid: int, mode: int
+        self,
+        control: Control,
+        disks: Sequence[ServedDisk],
+        uid: int,
+        gid: int,
+        mode: int,
+        check_lease: Callable[[], None],
     ) -> None:
         super().__init__()
         self._control = control
+        self._check_lease = check_lease
         self._disks = disks
         self._uid, self._gid, self._mode = uid, gid, mode
 
@@ -133,6 +140,7 @@ class DiskFilesystem(pyfuse3.Operations):
             except Gated:
                 # Held, not failed: reads go on while this task waits.
                 await trio.sleep(_GATE_POLL_SECONDS)
+                await trio.to_thread.run_sync(self._check_lease)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         await _in_thread(os.fdatasync if datasync else os.fsync, self._disk(fh).fd)

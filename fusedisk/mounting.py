@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusedisk.changemap import CHUNK_MAX, CHUNK_MIN
+from fusedisk.changemap import CHUNK_MAX, CHUNK_MIN, Control
 from fusedisk.errors import FuseDiskError, UsageError
+from fusedisk.fencing import read_fence
 from fusedisk.image import Image, create_image, open_image
 from fusedisk.keeper import unmount as fusermount
 from fusedisk.state import default_state_dir, lock_state, locked, prepare, read_mount_record
@@ -90,6 +91,10 @@ def mount(images: Sequence[Path], mountpoint: Path, options: MountOptions) -> st
             options.chunk_size,
             read_only=options.read_only,
         )
+        if read_fence(image.path for image in opened) is not None:
+            control = Control(state / "control", True)
+            control.set_fence(True)
+            control.close()
         keeper = _start_keeper(state, lock, mountpoint.resolve(), opened, options)
     except BaseException:
         for path in made:

@@ -1,6 +1,7 @@
 """The disk server: answers the kernel's requests until the mount is gone, then records it clean."""
 
 import argparse
+import functools
 import logging
 import logging.handlers
 import os
@@ -12,6 +13,7 @@ import trio
 
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.filesystem import DiskFilesystem, ServedDisk
+from fusedisk.gate import release_if_abandoned
 from fusedisk.state import read_mount_record, record_clean
 
 log = logging.getLogger("fusedisk.server")
@@ -30,7 +32,15 @@ async def _serve(arguments: argparse.Namespace) -> None:
         ServedDisk(disk.name, fd, disk.size, changes)
         for disk, fd, changes in zip(record.disks, fds, maps, strict=True)
     ]
-    operations = DiskFilesystem(control, disks, arguments.uid, arguments.gid, arguments.mode)
+    paths = [Path(disk.path) for disk in record.disks]
+    operations = DiskFilesystem(
+        control,
+        disks,
+        arguments.uid,
+        arguments.gid,
+        arguments.mode,
+        functools.partial(release_if_abandoned, state, control, paths),
+    )
     # libfuse 3.3 and later takes a mounted descriptor in place of a mountpoint.
     pyfuse3.init(operations, f"/dev/fd/{arguments.device}", set())
     try:

@@ -132,7 +132,8 @@ def prepare(
     disks = [Disk(i.name, str(i.path), i.size, chunk_size) for i in images]
     first = not (directory / "mount.json").exists() and not any(directory.glob("*.map"))
     old, mark, reason = _judge(directory, disks, images)
-    epoch = mark.epoch + 1 if mark else _epoch_seen(directory) + 1
+    # A sender may have closed epochs after the clean mark was taken: the counter goes beyond both.
+    epoch = max(mark.epoch if mark else 0, _epoch_seen(directory)) + 1
     record = MountRecord(
         old.source_id if old else _source_id(images),
         old.generation if old and reason is None else str(uuid.uuid4()),

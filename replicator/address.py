@@ -41,7 +41,7 @@ def parse_address(text: str) -> Address:
         port = int(match[3])
         if port < 1 << 16:
             return TcpAddress(match[1] or match[2], port)
-    if text.startswith("unix:///") and 0 < len(text.encode()) - 7 < 108 and "\0" not in text:
+    if text.startswith("unix:///") and 1 < len(text.encode()) - 7 < 108 and "\0" not in text:
         return UnixAddress(text.removeprefix("unix://"))
     raise UsageError(f"{text!r} is not an address; write tcp://HOST:PORT or unix:///PATH")
 

@@ -3,18 +3,24 @@
 import json
 import logging
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import trio
 
 from fusedisk.errors import FuseDiskError
+from fusedisk.fencing import read_fence
 from fusedisk.mounting import find_state
 from replicator import control
-from replicator.address import parse_address
+from replicator.address import connect, parse_address
+from replicator.cutover import CutoverOptions, OutcomeUnknown, settle
+from replicator.cutover import resolve as ask_outcome
 from replicator.following import Follower, lock_replica
+from replicator.link import Link, LinkLost
 from replicator.receiver import first_error
 from replicator.receiver import receive as serve_store
 from replicator.source import Source
@@ -115,6 +121,70 @@ def status(mountpoint: Path, as_json: bool) -> None:
 def stop(mountpoint: Path, name: str | None) -> None:
     """End a sender; the next start goes on from the last committed epoch."""
     control.ask(find_state(mountpoint), name, "stop")
+
+
+@cli.command()
+@click.option("--name")
+@click.option("--max-downtime", default=1000, type=click.IntRange(1, 3600_000), metavar="MS")
+@click.option("--timeout", default=60.0, type=click.FloatRange(0.1, 86400), metavar="SECONDS")
+@click.option("--before", metavar="CMD", help="Pauses the guest; failing means rollback.")
+@click.option("--after", metavar="CMD", help="Runs once the replica is promoted.")
+@click.option("--json", "as_json", is_flag=True)
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def cutover(
+    mountpoint: Path,
+    name: str | None,
+    max_downtime: int,
+    timeout: float,
+    before: str | None,
+    after: str | None,
+    as_json: bool,
+) -> None:
+    """Move the disks to the target: all of it, or nothing."""
+    options = CutoverOptions(max_downtime / 1000, timeout, before)
+    request = f"cutover {msgspec.json.encode(options).decode()}"
+    wait = 2 * timeout + max_downtime / 1000 + 60
+    result = control.ask(find_state(mountpoint), name, request, wait)
+    error, code = result.pop("error", None), result.pop("exit_code", 0)
+    if as_json:
+        click.echo(json.dumps(result))
+    elif not error:
+        phases = ", ".join(f"{k} {v:.1f} ms" for k, v in result["phases"].items())
+        click.echo(f"promoted at epoch {result['epoch']}: downtime {result['downtime_ms']:.1f} ms")
+        click.echo(f"  {phases}")
+    if error:
+        click.echo(f"replicator: {error}", err=True)
+        sys.exit(code)
+    if after is not None and (status := subprocess.run(["sh", "-c", after]).returncode):
+        raise FuseDiskError(f"the replica is promoted, but --after ended with status {status}")
+
+
+@cli.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def resolve(mountpoint: Path) -> None:
+    """Settle a cutover of unknown outcome with the target."""
+    source = Source(mountpoint)
+    images = [Path(disk.path) for disk in source.record.disks]
+    record = read_fence(images)
+    if record is None:
+        click.echo("nothing to resolve: the source is the disk")
+        return
+    if record.state == "fenced":
+        click.echo(f"nothing to resolve: {record.replica} at {record.address} is the disk")
+        return
+
+    async def run() -> None:
+        link = Link(await connect(parse_address(record.address)), "sender")
+        try:
+            outcome = await ask_outcome(link, record, source.record.source_id)
+        except (LinkLost, trio.TooSlowError) as error:
+            raise OutcomeUnknown(f"the target cannot be asked ({error}); try again") from None
+        finally:
+            await link.close()
+        settle(source, images, record, outcome)
+        click.echo(outcome)
+
+    _run(run)
 
 
 @cli.command("list")

@@ -10,9 +10,10 @@ import msgspec
 import trio
 
 from fusedisk.errors import FuseDiskError, UsageError
+from replicator.cutover import CutoverOptions, OutcomeUnknown
 from replicator.following import Follower, ReplicaRecord
 
-_REQUEST_BYTES_MAX = 64
+_REQUEST_BYTES_MAX = 16384
 _REPLY_BYTES_MAX = 1 << 20
 _ANSWER_SECONDS_MAX = 10.0
 
@@ -38,15 +39,20 @@ async def serve(where: Path, follower: Follower, stop: trio.CancelScope) -> None
         sock.listen(16)
 
         async def answer(stream: trio.SocketStream) -> None:
-            with trio.move_on_after(_ANSWER_SECONDS_MAX):
-                try:
+            try:
+                with trio.fail_after(_ANSWER_SECONDS_MAX):
                     request = await stream.receive_some(_REQUEST_BYTES_MAX)
-                    reply = follower.report() if request in (b"status", b"stop") else {}
+                word, _, rest = request.partition(b" ")
+                if word == b"cutover":
+                    reply = await _cutover(follower, rest)
+                else:
+                    reply = follower.report() if word in (b"status", b"stop") else {}
+                with trio.fail_after(_ANSWER_SECONDS_MAX):
                     await stream.send_all(json.dumps(reply).encode() + b"\n")
-                except trio.BrokenResourceError:
-                    return
-                if request == b"stop":
-                    stop.cancel()
+            except (trio.BrokenResourceError, trio.TooSlowError):
+                return
+            if word == b"stop":
+                stop.cancel()
 
         await trio.serve_listeners(answer, [trio.SocketListener(sock)])
     finally:
@@ -54,7 +60,19 @@ async def serve(where: Path, follower: Follower, stop: trio.CancelScope) -> None
         where.unlink(missing_ok=True)
 
 
-def _request(state: Path, name: str, word: str) -> dict[str, Any] | None:
+async def _cutover(follower: Follower, rest: bytes) -> dict[str, Any]:
+    try:
+        options = msgspec.json.decode(rest, type=CutoverOptions)
+        return await follower.cut_over(options)
+    except (msgspec.MsgspecError, FuseDiskError) as error:
+        code = error.exit_code if isinstance(error, FuseDiskError) else 2
+        outcome = "unknown" if code == OutcomeUnknown.exit_code else "rolled-back"
+        return {"outcome": outcome, "error": str(error), "exit_code": code}
+
+
+def _request(
+    state: Path, name: str, word: str, seconds: float = _ANSWER_SECONDS_MAX
+) -> dict[str, Any] | None:
     """The sender's answer, or None where none runs."""
     try:
         folder = os.open(state / "replicas", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -62,7 +80,7 @@ def _request(state: Path, name: str, word: str) -> dict[str, Any] | None:
         return None
     try:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(_ANSWER_SECONDS_MAX)
+            sock.settimeout(seconds)
             sock.connect(_short(folder, f"{name}.sock"))
             sock.sendall(word.encode())
             with sock.makefile("rb") as answers:
@@ -109,7 +127,9 @@ def reports(state: Path) -> list[dict[str, Any]]:
     return found
 
 
-def ask(state: Path, name: str | None, word: str) -> dict[str, Any]:
+def ask(
+    state: Path, name: str | None, word: str, seconds: float = _ANSWER_SECONDS_MAX
+) -> dict[str, Any]:
     """Send a request to the sender of a replica, the only one where no name is given.
 
     Raises UsageError where the name is missing or wrong, FuseDiskError where no sender runs.
@@ -119,7 +139,7 @@ def ask(state: Path, name: str | None, word: str) -> dict[str, Any]:
         if len(names) != 1:
             raise UsageError(f"say which replica by --name: {', '.join(names) or 'there is none'}")
         name = names[0]
-    reply = _request(state, name, word)
+    reply = _request(state, name, word, seconds)
     if reply is None:
         raise FuseDiskError(f"replica {name} has no running sender; start one")
     return reply

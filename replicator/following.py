@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import trio
@@ -14,6 +14,7 @@ import trio
 from fusedisk.errors import FuseDiskError
 from fusedisk.state import write_durably
 from replicator.address import Address, connect
+from replicator.cutover import CutoverOptions, NotConverged, OutcomeUnknown, cut_over
 from replicator.link import Link, LinkLost
 from replicator.messages import RemoteProtocolError
 from replicator.progress import Progress
@@ -21,6 +22,8 @@ from replicator.sender import Session
 from replicator.source import Source
 
 log = logging.getLogger("replicator.sender")
+
+Outcome: TypeAlias = dict[str, Any] | FuseDiskError
 
 _RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
 _CONNECT_SECONDS_MAX = 10.0
@@ -65,7 +68,8 @@ class Follower:
         self.state = "connecting"
         self.error: str | None = None
         self.committed: int | None = None
-        self.wake = trio.Event()
+        self._wake = trio.Event()
+        self._cutover: tuple[CutoverOptions, trio.MemorySendChannel[Outcome]] | None = None
         self.on_change: Callable[[], None] = lambda: None
 
     async def run(self) -> None:
@@ -103,15 +107,18 @@ class Follower:
             if session.cause:
                 log.info("compared the whole replica, because %s", session.cause)
             await self._note_commit(session)
-            await self._follow(session)
+            await self._follow(session, link)
         finally:
             await session.goodbye()
             await link.close()
 
-    async def _follow(self, session: Session) -> None:
+    async def _follow(self, session: Session, link: Link) -> None:
         self._set_state("following")
         while self._source.mounted:
             assert session.committed is not None
+            if self._cutover is not None:
+                await self._do_cutover(session, link)
+                return
             if self._source.changed_chunks(session.committed):
                 await session.next_pass()
                 await self._note_commit(session)
@@ -125,7 +132,64 @@ class Follower:
 
     async def _rest(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
-            await self.wake.wait()
+            await self._wake.wait()
+        self._wake = trio.Event()
+
+    async def cut_over(self, options: CutoverOptions) -> dict[str, Any]:
+        """Cut over as soon as the replica follows; see replicator.cutover.cut_over for errors."""
+        if self._cutover is not None:
+            raise FuseDiskError("another cutover is under way")
+        answer, answers = trio.open_memory_channel[Outcome](1)
+        self._cutover = options, answer
+        self._wake.set()
+        try:
+            outcome: Outcome | None = None
+            with trio.move_on_after(options.timeout_seconds):
+                outcome = await answers.receive()
+            if outcome is None and self.state in ("cutover", "promoted"):
+                # It has begun and keeps its own bounds; leaving now would lose the answer.
+                outcome = await answers.receive()
+            if outcome is None:
+                raise NotConverged(
+                    f"the replica is still {self.state} after {options.timeout_seconds:g} s; "
+                    "the guest goes on at the source"
+                )
+        finally:
+            self._cutover = None
+        if isinstance(outcome, FuseDiskError):
+            raise outcome
+        return outcome
+
+    async def _do_cutover(self, session: Session, link: Link) -> None:
+        assert self._cutover is not None
+        options, answer = self._cutover
+        self._set_state("cutover")
+        try:
+            result = await cut_over(
+                self._source, session, link, self._name, str(self._address), options
+            )
+        except OutcomeUnknown as error:
+            answer.send_nowait(error)
+            self._set_state("failed")
+            # The one who asked has to hear it before this process ends.
+            await trio.sleep(0.5)
+            raise
+        except (FuseDiskError, LinkLost, OSError, trio.TooSlowError) as error:
+            told = (
+                error
+                if isinstance(error, FuseDiskError)
+                else FuseDiskError(
+                    f"{error or 'the receiver does not answer'}; the guest goes on at the source"
+                )
+            )
+            answer.send_nowait(told)
+            self._cutover = None
+            # A pass may have been cut short: only a new link is in a known state.
+            raise LinkLost(f"the cutover was rolled back: {told}") from None
+        self.committed = session.committed
+        self._set_state("promoted")
+        answer.send_nowait(result)
+        await trio.sleep(0.5)
 
     async def _note_commit(self, session: Session) -> None:
         self.committed = session.committed

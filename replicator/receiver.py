@@ -69,9 +69,14 @@ class Receiver:
             if 1 not in hello.versions:
                 raise FuseDiskError("no protocol version in common; upgrade the older side")
             await link.send(m.Welcome(1))
-            opening = await link.expect(m.Open)
+            opening = await link.receive()
         if limit.cancelled_caught:
             raise LinkLost("nothing was asked for in time")
+        if isinstance(opening, m.Resolve):
+            await self._resolve(link, opening)
+            return
+        if not isinstance(opening, m.Open):
+            raise LinkLost("the sender asked for nothing")
         active = await self._claim(opening)
         try:
             with active.scope:
@@ -82,7 +87,17 @@ class Receiver:
             del self._active[opening.name]
             active.ended.set()
 
-    async def _claim(self, opening: m.Open) -> _Active:
+    async def _resolve(self, link: Link, asked: m.Resolve) -> None:
+        """Say how a cutover ended; where it had not happened, it now never will."""
+        active = await self._claim(asked)
+        try:
+            answer = await trio.to_thread.run_sync(_settle, self._store, asked)
+            await link.send(answer)
+        finally:
+            del self._active[asked.name]
+            active.ended.set()
+
+    async def _claim(self, opening: m.Open | m.Resolve) -> _Active:
         while (older := self._active.get(opening.name)) is not None:
             if older.source_id != opening.source_id:
                 raise FuseDiskError(
@@ -167,6 +182,18 @@ async def _work(
                 await link.send(m.Pong(event.nonce))
             case m.Bye() | m.Failed():
                 return
+
+
+def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:
+    with Replica.load(store, asked.name) as replica:
+        manifest = replica.manifest
+        if manifest.source_id != asked.source_id:
+            raise FuseDiskError(f"replica {asked.name} is of another source")
+        if manifest.state == "promoted" and manifest.token == asked.token:
+            return m.Promoted(asked.token, manifest.epoch or 0)
+        # Invariant: the token is void durably before the source may write again.
+        replica.abort(asked.token)
+        return m.Aborted(asked.token)
 
 
 def _store_data(replica: Replica, data: m.Data) -> None:

@@ -40,8 +40,12 @@ class Source:
 
     @property
     def mounted(self) -> bool:
-        """Whether the mount still lives."""
-        return locked(self.state)
+        """Whether this very mount still lives: each makes its own control file."""
+        try:
+            same = os.path.samestat(os.fstat(self.control.fd), (self.state / "control").stat())
+        except OSError:
+            return False
+        return same and locked(self.state)
 
     async def close_epoch(self) -> int:
         """Begin the next epoch; return the one before it, once no writer is left in it.

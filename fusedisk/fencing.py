@@ -1,0 +1,68 @@
+"""The fence: a record beside each image that outlives mounts and state directories.
+
+``committing``  a promotion of the replica was begun and its outcome is not known yet
+``fenced``      the replica is the disk now
+
+Either makes every mount of the image refuse writes. The record lies beside the image, so that
+another state directory cannot bypass it; for a device node it lies below /var/lib/fusedisk.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from fusedisk.errors import FuseDiskError
+from fusedisk.state import sync_directory, write_durably
+
+
+class FenceRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """One cutover: its token, how far it came, and where to ask how it ended."""
+
+    token: str
+    state: Literal["committing", "fenced"]
+    replica: str
+    address: str
+    epoch: int
+
+
+def fence_path(image: Path) -> Path:
+    """Where the record of an image lies."""
+    if image.is_block_device():
+        return Path("/var/lib/fusedisk") / f"{image.name}.fusedisk-fence"
+    return image.with_name(image.name + ".fusedisk-fence")
+
+
+def record_fence(images: Iterable[Path], record: FenceRecord) -> None:
+    """Make the record durable beside every image. Raises OSError."""
+    for image in images:
+        path = fence_path(image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, msgspec.json.encode(record))
+
+
+def read_fence(images: Iterable[Path]) -> FenceRecord | None:
+    """The gravest record beside the images. Raises FuseDiskError for a damaged one."""
+    found: FenceRecord | None = None
+    for image in images:
+        path = fence_path(image)
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=FenceRecord)
+        except FileNotFoundError:
+            continue
+        except (OSError, msgspec.MsgspecError) as error:
+            raise FuseDiskError(
+                f"{path} is damaged ({error}); find out which side is the disk before removing it"
+            ) from None
+        if found is None or record.state == "fenced":
+            found = record
+    return found
+
+
+def clear_fence(images: Iterable[Path]) -> None:
+    """Remove the records, durably. Only after a confirmed abort."""
+    for image in images:
+        path = fence_path(image)
+        path.unlink(missing_ok=True)
+        sync_directory(path.parent)

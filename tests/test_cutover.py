@@ -1,0 +1,196 @@
+"""Cutover through real processes: promoted and fenced, or the guest goes on at the source."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fusedisk.changemap import Control
+from fusedisk.fencing import FenceRecord, clear_fence, fence_path, read_fence, record_fence
+from fusedisk.gate import release_if_abandoned, take_lease
+
+BIN = Path(sys.executable).parent
+IMAGE_BYTES = 8 << 20
+
+
+def run(*words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / words[0], *words[1:]], check=check, capture_output=True, text=True, timeout=60
+    )
+
+
+class Pair:
+    """A mounted disk, a receiver and a sender; ended in any case by `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.image, self.mountpoint = folder / "disk.img", folder / "mnt"
+        self.replica = folder / "store" / "r" / "disk.img"
+        self.address = f"unix://{folder / 's'}"
+        self.mountpoint.mkdir()
+        (folder / "store").mkdir()
+        self.image.write_bytes(os.urandom(IMAGE_BYTES))
+        run("fusedisk", "mount", self.image, self.mountpoint)
+        self.store = folder / "store"
+        self.receiver = self.receive()
+        self.sender = subprocess.Popen(
+            [
+                *(BIN / "replicator", "start", "--name", "r", "--rpo", "0.2"),
+                *(self.mountpoint, self.address),
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+        self.wait_for_state("following")
+
+    def receive(self) -> subprocess.Popen[bytes]:
+        receiver = subprocess.Popen(
+            [BIN / "replicator", "receive", "--store", self.store, self.address],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert receiver.stdout is not None
+        assert receiver.stdout.readline().startswith(b"listening on unix://")
+        return receiver
+
+    def wait_for_state(self, state: str) -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            found = json.loads(run("replicator", "status", "--json", self.mountpoint).stdout)
+            if found["replicas"] and found["replicas"][0]["state"] == state:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"never {state}: {found}")
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        fd = os.open(self.mountpoint / "disk.img", os.O_RDWR)
+        try:
+            os.pwrite(fd, data, offset)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        for process in (self.sender, self.receiver):
+            process.kill()
+            process.wait()
+        if self.mountpoint.is_mount():
+            run("fusedisk", "unmount", self.mountpoint)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, fuse: None) -> Iterator[Pair]:
+    made = Pair(tmp_path)
+    yield made
+    made.close()
+
+
+def test_the_target_has_every_acknowledged_write_and_the_source_is_fenced(pair: Pair):
+    acknowledged: list[int] = []
+    refused: list[int | None] = []
+
+    def write() -> None:
+        number = 0
+        try:
+            while True:
+                pair.write(number.to_bytes(8, "little"), number % 2000 * 4096)
+                acknowledged.append(number)
+                number += 1
+        except OSError as error:
+            refused.append(error.errno)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    result = run("replicator", "cutover", "--json", "--max-downtime", "5000", pair.mountpoint)
+    writer.join()
+    outcome = json.loads(result.stdout.splitlines()[-1])
+    assert outcome["outcome"] == "promoted"
+    assert outcome["downtime_ms"] < 5000
+    assert pair.sender.wait(10) == 0
+    assert refused == [30]  # EROFS
+    assert pair.replica.read_bytes() == pair.image.read_bytes()
+    last = acknowledged[-1]
+    offset = last % 2000 * 4096
+    assert pair.replica.read_bytes()[offset : offset + 8] == last.to_bytes(8, "little")
+
+    # The fence outlives the mount and the state directory.
+    run("fusedisk", "unmount", pair.mountpoint)
+    elsewhere = pair.image.parent / "elsewhere"
+    run("fusedisk", "mount", "--state-dir", elsewhere, pair.image, pair.mountpoint)
+    with pytest.raises(OSError) as error:
+        pair.write(b"x")
+    assert error.value.errno == 30
+    assert json.loads(run("fusedisk", "status", "--json", pair.mountpoint).stdout)["fenced"]
+
+
+def test_a_failing_before_hook_rolls_back(pair: Pair):
+    result = run("replicator", "cutover", "--before", "false", pair.mountpoint, check=False)
+    assert result.returncode == 1
+    assert "--before false ended with status 1" in result.stderr
+    pair.write(b"the guest goes on")
+    assert read_fence([pair.image]) is None
+
+
+def test_a_killed_sender_opens_its_gate(pair: Pair):
+    """The gate is a lease: a holder that dies costs the guest a pause, not the disk."""
+    state = pair.image.with_name("disk.img.fusedisk")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(state)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "closed\n"
+    writer = threading.Thread(target=pair.write, args=(b"held",))
+    writer.start()
+    writer.join(0.3)
+    assert writer.is_alive()
+    holder.kill()
+    holder.wait()
+    writer.join(10)
+    assert not writer.is_alive()
+    assert pair.image.read_bytes()[:4] == b"held"
+
+
+HOLDER = """
+import pathlib, sys, time
+from fusedisk.changemap import Control
+from fusedisk.gate import take_lease
+state = pathlib.Path(sys.argv[1])
+lease = take_lease(state)
+control = Control(state / "control", True)
+control.set_gate(True)
+print("closed", flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_unknown_outcome_is_resolved_with_the_target(pair: Pair):
+    record = FenceRecord("a-token", "committing", "r", pair.address, 1)
+    record_fence([pair.image], record)
+    pair.sender.terminate()
+    pair.sender.wait()
+    run("fusedisk", "unmount", pair.mountpoint)
+    run("fusedisk", "mount", pair.image, pair.mountpoint)
+    with pytest.raises(OSError):
+        pair.write(b"x")
+    assert run("replicator", "resolve", pair.mountpoint).stdout == "rolled-back\n"
+    pair.write(b"goes on")
+    assert not fence_path(pair.image).exists()
+
+
+def test_an_abandoned_gate_with_a_begun_promotion_becomes_a_fence(tmp_path: Path):
+    control = Control.create(tmp_path / "control", 1)
+    image = tmp_path / "image"
+    record_fence([image], FenceRecord("t", "committing", "r", "unix:///s", 1))
+    lease = take_lease(tmp_path)
+    control.set_gate(True)
+    release_if_abandoned(tmp_path, control, [image])
+    assert control.gated and not control.fenced
+    os.close(lease)
+    release_if_abandoned(tmp_path, control, [image])
+    assert control.fenced and not control.gated
+    clear_fence([image])
+    assert read_fence([image]) is None
