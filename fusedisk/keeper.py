@@ -4,6 +4,7 @@ Standard library only, and as little as possible: what isn't here cannot take th
 """
 
 import argparse
+import json
 import logging
 import logging.handlers
 import os
@@ -84,6 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
         start_new_session=True,
     )
     os.close(arguments.ready)
+    # Read by `fusedisk status`, which therefore needs no answer from anybody.
+    pids = {"keeper": os.getpid(), "server": server.pid}
+    (Path(arguments.state) / "pids.json").write_text(json.dumps(pids))
 
     def stop(*_: object) -> None:
         failure = unmount(arguments.mountpoint)

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.errors import FuseDiskError
 from fusedisk.mounting import find_state
@@ -36,7 +38,32 @@ def status(mountpoint: Path) -> dict[str, Any]:
             changes.close()
     except (OSError, ValueError) as error:
         raise FuseDiskError(f"the state in {state} is damaged: {error}") from None
-    return {"mountpoint": record.mountpoint, "epoch": epoch, "fenced": fenced, "disks": disks}
+    pids = _pids(state)
+    return {
+        "mountpoint": record.mountpoint,
+        "epoch": epoch,
+        "fenced": fenced,
+        "server": {"pid": pids.get("server"), "restarts": 0},
+        "keeper": {"pid": pids.get("keeper")},
+        "disks": disks,
+    }
+
+
+def _pids(state: Path) -> dict[str, int]:
+    """The daemons that live; empty while they start or where the record is damaged."""
+    try:
+        found = msgspec.json.decode((state / "pids.json").read_bytes(), type=dict[str, int])
+    except (OSError, msgspec.MsgspecError):
+        return {}
+    return {role: pid for role, pid in found.items() if _is_ours(role, pid)}
+
+
+def _is_ours(role: str, pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return f"fusedisk.{role}".encode() in command
 
 
 def _used(info: os.stat_result) -> int:

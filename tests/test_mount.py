@@ -1,11 +1,13 @@
 """The mount as a user and a guest meet it: real FUSE mounts, through the command line."""
 
 import errno
+import json
 import mmap
 import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -476,3 +478,21 @@ def test_create_makes_a_sparse_image_and_keeps_an_existing_one(
     assert [d["size"] for d in mount.status()["disks"]] == [SIZE, 3 << 29]
     assert mount.status()["disks"][1]["allocated"] == 0
     assert image.read_bytes() == before
+
+
+def test_status_names_the_daemons_that_live(tmp_path: Path, fuse: None) -> None:
+    image, mountpoint = tmp_path / "named.img", tmp_path / "named"
+    mountpoint.mkdir()
+    image.write_bytes(bytes(1 << 20))
+    command = Path(sys.executable).with_name("fusedisk")
+    subprocess.run([command, "mount", image, mountpoint], check=True)
+    try:
+        answer = subprocess.run(
+            [command, "status", "--json", mountpoint], check=True, capture_output=True
+        )
+        found = json.loads(answer.stdout)
+        for role in ("server", "keeper"):
+            words = Path(f"/proc/{found[role]['pid']}/cmdline").read_bytes().split(b"\0")
+            assert f"fusedisk.{role}".encode() in words
+    finally:
+        subprocess.run([command, "unmount", mountpoint], check=True)
