@@ -16,6 +16,7 @@ from replicator import messages as m
 from replicator.address import Address, TcpAddress, UnixAddress
 from replicator.link import Link, LinkLost, say_last
 from replicator.replica import Replica, ReplicaDisk
+from replicator.running import first_error
 from replicator.store import Store
 from replicator.transfers import TransferDigest
 
@@ -131,14 +132,6 @@ class Receiver:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(replica.close)
-
-
-def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """One error out of a nursery's group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _read(link: Link, queue: trio.MemorySendChannel[m.Event]) -> None:

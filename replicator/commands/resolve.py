@@ -1,0 +1,42 @@
+"""``replicator resolve``."""
+
+from pathlib import Path
+
+import click
+import trio
+
+from fusedisk.fencing import read_fence
+from replicator.address import connect, parse_address
+from replicator.cutover import OutcomeUnknown, settle
+from replicator.cutover import resolve as ask_outcome
+from replicator.link import Link, LinkLost
+from replicator.running import run_trio
+from replicator.source import Source
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def command(mountpoint: Path) -> None:
+    """Settle a cutover of unknown outcome with the target."""
+    source = Source(mountpoint)
+    images = [Path(disk.path) for disk in source.record.disks]
+    record = read_fence(images)
+    if record is None:
+        click.echo("nothing to resolve: the source is the disk")
+        return
+    if record.state == "fenced":
+        click.echo(f"nothing to resolve: {record.replica} at {record.address} is the disk")
+        return
+
+    async def run() -> None:
+        link = Link(await connect(parse_address(record.address)), "sender")
+        try:
+            outcome = await ask_outcome(link, record, source.record.source_id)
+        except (LinkLost, trio.TooSlowError) as error:
+            raise OutcomeUnknown(f"the target cannot be asked ({error}); try again") from None
+        finally:
+            await link.close()
+        settle(source, images, record, outcome)
+        click.echo(outcome)
+
+    run_trio(run)

@@ -1,0 +1,16 @@
+"""``replicator stop``."""
+
+from pathlib import Path
+
+import click
+
+from fusedisk.mounting import find_state
+from replicator import control
+
+
+@click.command()
+@click.option("--name")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def command(mountpoint: Path, name: str | None) -> None:
+    """End a sender; the next start goes on from the last committed epoch."""
+    control.ask(find_state(mountpoint), name, "stop")

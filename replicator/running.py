@@ -1,0 +1,34 @@
+"""How a command runs its tasks: under trio, until a signal, with one error at the end."""
+
+import signal
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from fusedisk.errors import FuseDiskError
+
+
+async def until_signal(scope: trio.CancelScope) -> None:
+    """Cancel ``scope`` on SIGINT or SIGTERM."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
+
+
+def run_trio(run: Callable[[], Awaitable[None]]) -> None:
+    """Run to the end; the errors of tasks that failed together become one FuseDiskError."""
+    try:
+        trio.run(run)
+    except* (FuseDiskError, OSError) as group:
+        error = first_error(group)
+        if isinstance(error, OSError):
+            raise FuseDiskError(str(error)) from None
+        raise error from None
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One error out of a nursery's group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
