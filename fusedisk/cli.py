@@ -8,8 +8,12 @@ import click
 
 from fusedisk import mounting
 from fusedisk.errors import FuseDiskError
+from fusedisk.signals import StopSignals
 from fusedisk.status import status as mount_status
 from fusedisk.units import parse_size
+
+# Nothing is checked here: opening says more, and ends as any other failure.
+PATH = click.Path(readable=False, path_type=Path)
 
 
 @click.group()
@@ -32,12 +36,12 @@ def _mode(_: click.Context, __: click.Parameter, text: str) -> int:
 
 
 @cli.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=PATH)
+@click.argument("mountpoint", type=PATH)
 @click.option("-f", "--foreground", is_flag=True, help="Stay until it is unmounted.")
 @click.option("--create", "create_size", callback=_size, metavar="SIZE", help="Make missing ones.")
 @click.option("--chunk-size", callback=_size, default="64KiB", show_default=True)
-@click.option("--state-dir", type=click.Path(path_type=Path), help="Default: beside the first.")
+@click.option("--state-dir", type=PATH, help="Default: beside the first.")
 @click.option("--read-only", is_flag=True)
 @click.option("--allow-other", is_flag=True, help="Let other users in, as far as the mode does.")
 @click.option("--uid", type=click.IntRange(0, 2**32 - 2))
@@ -66,22 +70,25 @@ def mount(
         uid=uid,
         gid=gid,
         mode=mode,
-        foreground=foreground,
     )
-    distrust = mounting.mount(images, mountpoint, options)
-    if distrust:
-        click.echo(f"fusedisk: the change map is not trusted and begins anew: {distrust}", err=True)
+    signals = StopSignals()
+    mounted = mounting.mount(images, mountpoint, options, signals)
+    if mounted.distrust:
+        said = f"the change map is not trusted and begins anew: {mounted.distrust}"
+        click.echo(f"fusedisk: {said}", err=True)
+    if foreground:
+        mounting.stay(mounted, signals)
 
 
 @cli.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 def unmount(mountpoint: Path) -> None:
     """Flush, record a clean state, end the daemons."""
     mounting.unmount(mountpoint)
 
 
 @cli.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.option("--json", "as_json", is_flag=True)
 def status(mountpoint: Path, as_json: bool) -> None:
     """Show the disks of a mount and how much of them was written."""
@@ -101,7 +108,16 @@ def status(mountpoint: Path, as_json: bool) -> None:
 def main() -> None:
     """Entry point: an error is one line and its exit status."""
     try:
-        cli.main(prog_name="fusedisk", standalone_mode=True)
+        sys.exit(cli.main(prog_name="fusedisk", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        click.echo(f"fusedisk: {error.format_message()}", err=True)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("fusedisk: interrupted", err=True)
+        sys.exit(1)
     except FuseDiskError as error:
         click.echo(f"fusedisk: {error}", err=True)
         sys.exit(error.exit_code)

@@ -14,7 +14,8 @@ from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.fencing import read_fence
 from fusedisk.image import Image, create_image, open_image
 from fusedisk.keeper import unmount as fusermount
-from fusedisk.state import default_state_dir, lock_state, locked, prepare, read_mount_record
+from fusedisk.signals import StopSignals
+from fusedisk.state import default_state_dir, lock_state, locked, prepare
 
 _FLUSH_SECONDS_MAX = 600.0
 
@@ -31,7 +32,15 @@ class MountOptions:
     uid: int | None = None
     gid: int | None = None
     mode: int = 0o600
-    foreground: bool = False
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """A mount that is usable; ``distrust`` says why its change maps began anew, if they did."""
+
+    keeper: subprocess.Popen[bytes]
+    state: Path
+    distrust: str | None
 
 
 def find_state(mountpoint: Path) -> Path:
@@ -57,11 +66,12 @@ def _unescape(text: str) -> str:
     return os.fsdecode(raw)
 
 
-def mount(images: Sequence[Path], mountpoint: Path, options: MountOptions) -> str | None:
+def mount(
+    images: Sequence[Path], mountpoint: Path, options: MountOptions, signals: StopSignals
+) -> Mounted:
     """Mount ``images``; return when they are usable.
 
-    Returns why the change maps were not trusted, or None. In the foreground it returns after the
-    unmount. Raises FuseDiskError; then nothing is mounted and no image has changed.
+    Raises FuseDiskError, also when told to stop; then nothing is mounted and no image has changed.
     """
     if options.chunk_size & (options.chunk_size - 1) or not (
         CHUNK_MIN <= options.chunk_size <= CHUNK_MAX
@@ -83,6 +93,7 @@ def mount(images: Sequence[Path], mountpoint: Path, options: MountOptions) -> st
         for path in images:
             opened.append(open_image(path, read_only=options.read_only))
         state = (options.state_dir or default_state_dir(images[0])).absolute()
+        _check_path("state directory", state)
         lock = lock_state(state)
         distrust = prepare(
             state,
@@ -95,7 +106,12 @@ def mount(images: Sequence[Path], mountpoint: Path, options: MountOptions) -> st
             control = Control(state / "control", True)
             control.set_fence(True)
             control.close()
+        signals.check()
         keeper = _start_keeper(state, lock, mountpoint.resolve(), opened, options)
+        # Somebody may use the mount already: then it stays, as if the signal had come later.
+        if signals.told and fusermount(str(mountpoint.resolve())) is None:
+            keeper.wait()
+            signals.check()
     except BaseException:
         for path in made:
             path.unlink()
@@ -105,12 +121,30 @@ def mount(images: Sequence[Path], mountpoint: Path, options: MountOptions) -> st
             os.close(image.fd)
         if lock >= 0:
             os.close(lock)
-    if options.foreground and keeper.wait() != 0:
-        raise FuseDiskError(f"the disk server failed; see the logs in {state}")
-    return distrust
+    return Mounted(keeper, state, distrust)
+
+
+def stay(mounted: Mounted, signals: StopSignals) -> None:
+    """Return after the unmount; a signal to stop is passed to the keeper, which unmounts.
+
+    A busy mount goes on, and the keeper's log says so. Raises FuseDiskError for a failed server.
+    """
+    signals.pass_to(mounted.keeper)
+    if mounted.keeper.wait() != 0:
+        raise FuseDiskError(f"the disk server failed; see the logs in {mounted.state}")
+
+
+def _check_path(what: str, path: Path) -> None:
+    """Refuse what fusermount3's options and the kernel's mount table, read by others, cannot hold.
+
+    Raises FuseDiskError.
+    """
+    if "\n" in str(path):
+        raise FuseDiskError(f"{what} {str(path)!r} holds a line break; choose another")
 
 
 def _check_mountpoint(mountpoint: Path) -> None:
+    _check_path("mountpoint", mountpoint.absolute())
     try:
         content = os.listdir(mountpoint)
     except OSError as error:
@@ -145,7 +179,8 @@ def _start_keeper(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                start_new_session=not options.foreground,
+                # A Ctrl-C must not meet it half-way into the mount: see StopSignals.
+                start_new_session=True,
             )
         finally:
             os.close(told)
@@ -173,5 +208,5 @@ def unmount(mountpoint: Path) -> None:
         if time.monotonic() > deadline:
             raise FuseDiskError(f"unmounted, but the server is still flushing; see {state}")
         time.sleep(0.01)
-    if not read_mount_record(state).read_only and not (state / "clean.json").exists():
+    if not (state / "clean.json").exists():
         raise FuseDiskError(f"unmounted, but the last flush failed; see {state / 'server.log'}")

@@ -50,8 +50,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     finally:
         pyfuse3.close(unmount=False)
     # The kernel has let go of the device: nobody can write any more.
-    if not record.read_only:
-        await trio.to_thread.run_sync(record_clean, state, fds, control, maps)
+    await trio.to_thread.run_sync(record_clean, state, fds, control, maps)
     log.info("unmounted, clean")
 
 

@@ -10,7 +10,7 @@ SIZE_MAX = 1 << 61
 
 def parse_size(text: str) -> int:
     """Bytes from e.g. ``4096``, ``64KiB`` or ``1.5GiB``. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,6})?) ?([KMGT]iB|)", text)
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,6})?) ?([KMGT]iB|)", text, re.ASCII)
     if not match:
         raise UsageError(f"{text!r} is not a size; write bytes, or a number with KiB MiB GiB TiB")
     whole, _, fraction = match[1].partition(".")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,12 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 def mounts_below(directory: Path) -> list[str]:
     """Mountpoints at or below ``directory``, innermost last."""
-    points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    table = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    escaped = [line.split(b" ")[4] for line in table]
+    points = [
+        os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), point))
+        for point in escaped
+    ]
     return [p for p in points if Path(p).is_relative_to(directory)]
 
 

@@ -41,6 +41,7 @@ def test_reads_sizes(text: str, size: int) -> None:
             "1  KiB",
             "1KiB\n",
             "nan",
+            "٣",
         ),
         *("9" * 21, str(SIZE_MAX + 1), "99999999TiB"),
     ],

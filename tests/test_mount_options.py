@@ -1,0 +1,574 @@
+"""Options of ``fusedisk mount``, signals, other users, and unusual paths: real mounts."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Mount, fusedisk, mounts_below, processes, wait_for
+from test_mount import CHUNK, SIZE, Attach, MakeMount, assert_one_line, make_image, pwrite, refused
+
+NOBODY = 65534
+# What runs our commands: the interpreter, its packages, and this checkout.
+INSTALLED = [Path(sys.base_prefix), Path(sys.prefix), Path(__file__).resolve().parents[1]]
+STOPPING = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return make_image(tmp_path / "disk.img")
+
+
+def as_other(call: Callable[[], object], uid: int = NOBODY, gid: int = NOBODY) -> int:
+    """The errno, or 0, with which ``call`` ends in a process of another user."""
+    child = os.fork()
+    if child == 0:
+        code = 255
+        try:
+            os.setgroups([])
+            os.setgid(gid)
+            os.setuid(uid)
+            call()
+            code = 0
+        except OSError as error:
+            code = error.errno or 255
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+root_only = pytest.mark.skipif(os.getuid() != 0, reason="changes the user")
+
+
+def start(mount: Mount, *options: str) -> subprocess.Popen[bytes]:
+    where = ["--state-dir", str(mount.state)]
+    command = [sys.executable, "-m", "fusedisk", "mount", *options, *where]
+    return subprocess.Popen(
+        [*command, *map(str, mount.images), str(mount.mountpoint)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def usable(mount: Mount) -> bool:
+    return mount.mounted and mount.disk().exists()
+
+
+def said(mount: Mount) -> str:
+    log = mount.state / "keeper.log"
+    return log.read_text() if log.exists() else ""
+
+
+# In the foreground
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_foreground_stays_and_unmounts_cleanly_at_a_signal(
+    fuse: MakeMount, image: Path, number: signal.Signals
+) -> None:
+    mount = fuse(image)
+    command = start(mount, "--foreground")
+    wait_for(lambda: usable(mount), "it is mounted")
+    pwrite(mount.disk(), b"x", CHUNK)
+    assert command.poll() is None
+    # As Ctrl-C does it: to the whole process group.
+    os.killpg(command.pid, number)
+    assert command.communicate(timeout=20) == (b"", b"")
+    assert command.returncode == 0
+    assert not mount.mounted
+    assert (mount.state / "clean.json").exists()
+    assert mount.mount() == ""
+    assert mount.changed() == [1]
+
+
+def test_foreground_ends_when_unmounted(fuse: MakeMount, image: Path) -> None:
+    mount = fuse(image)
+    command = start(mount, "-f")
+    wait_for(lambda: usable(mount), "it is mounted")
+    mount.unmount()
+    assert command.communicate(timeout=20) == (b"", b"")
+    assert command.returncode == 0
+
+
+def test_foreground_says_at_once_that_the_map_is_not_trusted(fuse: MakeMount, image: Path) -> None:
+    mount = fuse(image)
+    mount.mount()
+    mount.unmount()
+    os.utime(image)
+    command = start(mount, "-f")
+    assert command.stderr is not None
+    assert b"not trusted" in command.stderr.readline()
+    assert usable(mount)
+    mount.unmount()
+    command.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("foreground", [True, False])
+def test_a_busy_mount_survives_sigterm_and_says_so(
+    fuse: MakeMount, image: Path, foreground: bool
+) -> None:
+    mount = fuse(image)
+    command = start(mount, *["-f"] * foreground)
+    wait_for(lambda: usable(mount), "it is mounted")
+    if not foreground:
+        command.communicate(timeout=20)
+    (keeper,) = processes("fusedisk.keeper", mount.state)
+    told = command.pid if foreground else keeper
+    with mount.disk().open("r+b", buffering=0) as file:
+        os.kill(told, signal.SIGTERM)
+        wait_for(lambda: "not unmounted" in said(mount), "the keeper has said that it is busy")
+        file.write(b"still served")
+        assert mount.mounted
+    os.kill(told, signal.SIGTERM)
+    mount.wait_ended()
+    if foreground:
+        command.communicate(timeout=20)
+        assert command.returncode == 0
+    assert not mount.mounted
+    assert image.read_bytes().startswith(b"still served")
+    assert mount.mount() == ""
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("delay_steps", range(5))
+def test_interrupted_mount_leaves_nothing_mounted(
+    fuse: MakeMount, tmp_path: Path, number: signal.Signals, delay_steps: int
+) -> None:
+    """Whenever the signal comes: the command fails and nothing is there, or it was done before."""
+    mount = fuse(tmp_path / "new.img")
+    command = start(mount, "--create", "1MiB")
+    # Steps that can be awaited, so that the signal meets different phases. Earlier the interpreter
+    # is still loading, and signals end it as they end any program.
+    reached: list[Callable[[], object]] = [
+        lambda: mount.images[0].exists(),
+        lambda: mount.state.exists(),
+        lambda: (mount.state / "mount.json").exists(),
+        lambda: mount.daemons(),
+        lambda: mount.mounted,
+    ]
+    wait_for(lambda: reached[delay_steps]() or command.poll() is not None, "the phase is reached")
+    if command.poll() is None:
+        os.killpg(command.pid, number)
+    _, errors = command.communicate(timeout=20)
+    assert b"Traceback" not in errors
+    if command.returncode == 0:
+        mount.unmount()
+    else:
+        mount.wait_ended()
+        assert not mount.mounted
+        assert command.returncode == 1
+        assert len(errors.splitlines()) == 1
+        assert not mount.images[0].exists()
+
+
+# Owner, mode, other users
+
+
+@root_only
+def test_owner_and_mode_are_seen_and_enforced(
+    fuse: MakeMount, image: Path, open_tmp_path: Path
+) -> None:
+    mount = fuse(image)
+    mount.mount("--uid", "1234", "--gid", "4321", "--mode", "640", "--allow-other")
+    for path, kind in ((mount.disk(), 0o100640), (mount.mountpoint, 0o040750)):
+        status = path.stat()
+        assert (status.st_uid, status.st_gid, status.st_mode) == (1234, 4321, kind)
+
+    def write() -> None:
+        pwrite(mount.disk(), b"owner", 0)
+
+    def read() -> None:
+        with mount.disk().open("rb") as file:
+            file.read(1)
+
+    assert as_other(write, 1234, 1) == 0
+    assert image.read_bytes().startswith(b"owner")
+    assert (as_other(read, 1, 4321), as_other(write, 1, 4321)) == (0, errno.EACCES)
+    assert as_other(read) == as_other(write) == errno.EACCES
+
+
+@root_only
+def test_without_allow_other_only_the_mounting_user_gets_in(
+    fuse: MakeMount, image: Path, open_tmp_path: Path
+) -> None:
+    mount = fuse(image)
+    mount.mount("--uid", str(NOBODY), "--mode", "666")
+    assert as_other(lambda: mount.disk().stat()) == errno.EACCES
+    assert as_other(lambda: os.listdir(mount.mountpoint)) == errno.EACCES
+    assert mount.disk().stat().st_uid == NOBODY
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--mode", "999"), ("--mode", "1777"), ("--mode", "rw"), ("--uid", "-1"), ("--gid", "x")],
+)
+def test_nonsense_owner_and_mode(
+    fuse: MakeMount, image: Path, tmp_path: Path, option: str, value: str
+) -> None:
+    mount = fuse(image)
+    before = sorted(tmp_path.rglob("*"))
+    result = mount.try_mount(option, value)
+    assert result.returncode == 2
+    assert_one_line(result, option)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def open_tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """tmp_path, with its parents passable by everybody; modes are restored."""
+    changed = []
+    for folder in (tmp_path, *tmp_path.parents):
+        mode = folder.stat().st_mode
+        if not mode & 0o001:
+            changed.append((folder, mode))
+            folder.chmod(mode | 0o011)
+    yield tmp_path
+    for folder, mode in changed:
+        folder.chmod(mode)
+
+
+# Arguments: a scratch directory, a device node, then pairs of a directory that must stay reachable
+# and its parent that other users cannot pass, which is hidden behind an empty one.
+NAMESPACE = """
+set -e
+scratch=$1 node=$2
+shift 2
+mount --bind "$node" /dev/fuse
+number=0
+while [ $# -gt 0 ]; do
+    number=$((number + 1))
+    mkdir "$scratch/$number"
+    mount --bind "$1" "$scratch/$number"
+    mountpoint -q "$2" || mount -t tmpfs -o mode=755 tmpfs "$2"
+    mkdir -p "$1"
+    mount --bind "$scratch/$number" "$1"
+    shift 2
+done
+echo ready
+exec cat
+"""
+
+
+def closed_parent(path: Path) -> Path | None:
+    return next((p for p in reversed(path.parents) if not p.stat().st_mode & 0o001), None)
+
+
+class Somebody:
+    """A user who is not root, in a mount namespace whose /dev/fuse has a chosen mode."""
+
+    def __init__(self, home: Path, device_mode: int) -> None:
+        self.home = home
+        node = home.with_name("fuse")
+        os.mknod(node, 0o020000 | device_mode, Path("/dev/fuse").stat().st_rdev)
+        node.chmod(device_mode)
+        hidden = [(path, closed_parent(path)) for path in INSTALLED]
+        pairs = [str(p) for pair in hidden if pair[1] is not None for p in pair]
+        unshare = ["unshare", "--mount", "--propagation", "private", "sh", "-c", NAMESPACE, "sh"]
+        self._holder = subprocess.Popen(
+            [*unshare, str(home.parent), str(node), *pairs],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == b"ready\n"
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        user = ["--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"]
+        enter = ["nsenter", "--mount", f"--target={self._holder.pid}", "setpriv", *user]
+        enter += ["env", f"--chdir={self.home}"]
+        return subprocess.run(
+            [*enter, *map(str, command)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=dict(os.environ, HOME=str(self.home)),
+            check=False,
+        )
+
+    def fusedisk(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "fusedisk", *arguments)
+
+    def end(self) -> None:
+        for pid in processes("fusedisk.server", self.home / "disk.img.fusedisk"):
+            os.kill(pid, signal.SIGKILL)
+        self._holder.communicate(timeout=20)
+
+
+@pytest.fixture
+def somebody() -> Iterator[Callable[..., Somebody]]:
+    if os.getuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("becomes another user, and needs /dev/fuse")
+    for name in ("unshare", "nsenter", "setpriv"):
+        if shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed")
+    base = Path(tempfile.mkdtemp())
+    base.chmod(0o755)
+    home = base / "home"
+    home.mkdir()
+    os.chown(home, NOBODY, NOBODY)
+    made: list[Somebody] = []
+
+    def make(device_mode: int = 0o666) -> Somebody:
+        made.append(Somebody(home, device_mode))
+        if made[-1].run(sys.executable, "-c", "import fusedisk").returncode != 0:
+            pytest.skip("another user cannot read this checkout")
+        return made[-1]
+
+    yield make
+    for user in made:
+        user.end()
+    shutil.rmtree(base)
+
+
+def test_a_user_who_is_not_root(somebody: Callable[..., Somebody]) -> None:
+    user = somebody()
+    (user.home / "mnt").mkdir()
+    os.chown(user.home / "mnt", NOBODY, NOBODY)
+    assert user.fusedisk("mount", "--create", "1MiB", "disk.img", "mnt").stderr == ""
+    assert (user.home / "disk.img").stat().st_uid == NOBODY
+    write = user.run("dd", "if=/dev/zero", "of=mnt/disk.img", "bs=64k", "count=2", "conv=notrunc")
+    assert write.returncode == 0, write.stderr
+    status = user.fusedisk("status", "mnt")
+    assert "2 of 16 chunks" in status.stdout
+    result = user.fusedisk("unmount", "mnt")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (user.home / "disk.img.fusedisk" / "clean.json").exists()
+
+
+def test_a_user_whom_the_device_refuses_is_told_so(somebody: Callable[..., Somebody]) -> None:
+    user = somebody(0o600)
+    (user.home / "mnt").mkdir()
+    os.chown(user.home / "mnt", NOBODY, NOBODY)
+    result = user.fusedisk("mount", "--create", "1MiB", "disk.img", "mnt")
+    assert result.returncode == 1
+    assert_one_line(result, "/dev/fuse", "Permission denied")
+    assert not (user.home / "disk.img").exists()
+
+
+def test_a_user_needs_leave_to_allow_others(somebody: Callable[..., Somebody]) -> None:
+    if "\nuser_allow_other" in Path("/etc/fuse.conf").read_text():
+        pytest.skip("this machine allows it")
+    user = somebody()
+    (user.home / "mnt").mkdir()
+    os.chown(user.home / "mnt", NOBODY, NOBODY)
+    result = user.fusedisk("mount", "--allow-other", "--create", "1MiB", "disk.img", "mnt")
+    assert_one_line(result, "user_allow_other", "/etc/fuse.conf")
+
+
+def test_read_only_needs_no_write_permission(somebody: Callable[..., Somebody]) -> None:
+    user = somebody()
+    image = user.home / "disk.img"
+    image.write_bytes(b"r" * SIZE)
+    image.chmod(0o444)
+    (user.home / "mnt").mkdir()
+    os.chown(user.home / "mnt", NOBODY, NOBODY)
+    assert_one_line(user.fusedisk("mount", "disk.img", "mnt"), "Permission denied", "disk.img")
+    assert user.fusedisk("mount", "--read-only", "disk.img", "mnt").stderr == ""
+    assert user.run("cmp", "disk.img", "mnt/disk.img").returncode == 0
+    assert user.run("sh", "-c", ": >>mnt/disk.img").returncode != 0
+    assert user.fusedisk("unmount", "mnt").returncode == 0
+
+
+# Read-only
+
+
+def test_read_only_opens_the_image_read_only(fuse: MakeMount, image: Path) -> None:
+    mount = fuse(image)
+    mount.mount("--read-only")
+    (server,) = processes("fusedisk.server", mount.state)
+    modes = []
+    for link in Path(f"/proc/{server}/fd").iterdir():
+        if os.readlink(link) == str(image):
+            text = Path(f"/proc/{server}/fdinfo/{link.name}").read_text()
+            modes.append(int(text.split("flags:")[1].split()[0], 8) & os.O_ACCMODE)
+    assert modes == [os.O_RDONLY]
+    assert refused(lambda: os.truncate(mount.disk(), SIZE)) == errno.EROFS
+
+
+def test_read_only_keeps_what_is_known_of_changes(fuse: MakeMount, image: Path) -> None:
+    mount = fuse(image)
+    mount.mount()
+    pwrite(mount.disk(), b"x", CHUNK)
+    mount.unmount()
+    assert mount.mount("--read-only") == ""
+    mount.unmount()
+    assert mount.mount() == ""
+    assert mount.changed() == [1]
+
+
+# Images and paths
+
+
+def test_create_makes_several_images(fuse: MakeMount, tmp_path: Path) -> None:
+    mount = fuse(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    mount.mount("--create", "1MiB")
+    assert [disk["size"] for disk in mount.status()["disks"]] == [1 << 20] * 3
+    assert sorted(os.listdir(mount.mountpoint)) == ["a", "b", "c"]
+
+
+def test_create_takes_back_all_images_when_one_fails(fuse: MakeMount, tmp_path: Path) -> None:
+    mount = fuse(tmp_path / "a", tmp_path / "gone" / "b")
+    assert_one_line(mount.try_mount("--create", "1MiB"), "gone/b")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["with spaces", "größe-日本", "a,b\\c", "-f", "tab\there", "x" * 200]
+)
+def test_names_of_mountpoints_and_state_directories(
+    fuse: MakeMount, image: Path, name: str
+) -> None:
+    mount = fuse(image, name=name)
+    assert mount.mount() == ""
+    pwrite(mount.disk(), b"x", 0)
+    assert mount.changed() == [1]
+    mount.unmount()
+    assert mount.mount() == ""
+
+
+@pytest.mark.parametrize("name", ["with spaces.img", "größe-日本.img", "-rf", "a,b"])
+def test_names_of_images(fuse: MakeMount, tmp_path: Path, name: str) -> None:
+    mount = fuse(tmp_path / name)
+    mount.mount("--create", "1MiB")
+    assert os.listdir(mount.mountpoint) == [name]
+    pwrite(mount.disk(), b"x", 0)
+    assert mount.changed() == [1]
+    mount.unmount()
+
+
+def test_line_breaks_are_refused(fuse: MakeMount, image: Path, tmp_path: Path) -> None:
+    mount = fuse(image, name="a\nb")
+    before = sorted(tmp_path.rglob("*"))
+    assert_one_line(mount.try_mount(), "mountpoint", "line break")
+    assert_one_line(fusedisk("mount", image, mount.mountpoint), "line break")
+    (tmp_path / "plain").mkdir()
+    result = fusedisk("mount", "--state-dir", mount.state, image, tmp_path / "plain")
+    assert_one_line(result, "state directory", "line break")
+    (tmp_path / "plain").rmdir()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_name_of_an_image_that_no_line_can_hold(fuse: MakeMount, tmp_path: Path) -> None:
+    mount = fuse(tmp_path / "a\nb")
+    assert_one_line(mount.try_mount("--create", "1MiB"), "rename")
+    assert list(tmp_path.iterdir()) == [mount.mountpoint]
+
+
+def test_relative_paths_and_a_symlinked_image(fuse: MakeMount, tmp_path: Path) -> None:
+    mount = fuse(tmp_path / "real" / "disk.img")
+    (tmp_path / "real").mkdir()
+    mount.images[0].write_bytes(bytes(SIZE))
+    mount.state = tmp_path / "real" / "disk.img.fusedisk"
+    (tmp_path / "alias.img").symlink_to("real/disk.img")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fusedisk", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert run("mount", "alias.img", "mnt").stderr == ""
+    assert os.listdir(mount.mountpoint) == ["alias.img"]
+    assert (mount.state / "mount.json").exists()
+    assert not (tmp_path / "alias.img.fusedisk").exists()
+    assert "alias.img" in run("status", "mnt").stdout
+    assert run("unmount", "mnt").returncode == 0
+
+
+def test_long_state_directory(fuse: MakeMount, image: Path, tmp_path: Path) -> None:
+    mount = fuse(image)
+    mount.state = tmp_path / ("d" * 150) / ("e" * 150)
+    assert mount.mount() == ""
+    assert mount.status()["disks"][0]["size"] == SIZE
+    mount.unmount()
+    assert mount.mount() == ""
+
+
+def test_size_that_is_no_multiple_of_a_sector(fuse: MakeMount, tmp_path: Path) -> None:
+    image = tmp_path / "odd.img"
+    image.write_bytes(b"o" * (CHUNK + 1))
+    mount = fuse(image)
+    mount.mount()
+    assert mount.disk().stat().st_size == CHUNK + 1
+    assert mount.status()["disks"][0]["chunks"] == 2
+    pwrite(mount.disk(), b"x", CHUNK)
+    assert mount.changed() == [1]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("size", ["10XB", "1e3", "-1", "16384PiB", "16777216TiB", "1 000", "٣"])
+def test_nonsense_size_is_a_usage_error(fuse: MakeMount, tmp_path: Path, size: str) -> None:
+    mount = fuse(tmp_path / "new.img")
+    result = mount.try_mount("--create", size)
+    assert result.returncode == 2
+    assert_one_line(result, size)
+    assert list(tmp_path.iterdir()) == [mount.mountpoint]
+
+
+def test_size_that_the_file_system_cannot_hold(fuse: MakeMount, tmp_path: Path) -> None:
+    mount = fuse(tmp_path / "new.img")
+    assert_one_line(mount.try_mount("--create", "1048576TiB"), "new.img")
+    assert list(tmp_path.iterdir()) == [mount.mountpoint]
+
+
+@root_only
+def test_image_and_mountpoint_that_are_not_ours(somebody: Callable[..., Somebody]) -> None:
+    user = somebody()
+    secret = user.home / "secret.img"
+    secret.write_bytes(bytes(SIZE))
+    secret.chmod(0o600)
+    (user.home / "roots").mkdir()
+    (user.home / "roots" / "mnt").mkdir(mode=0o755)
+    before = sorted(user.home.rglob("*"))
+    assert_one_line(user.fusedisk("mount", "secret.img", "roots"), "not an empty")
+    assert_one_line(user.fusedisk("mount", "secret.img", "roots/mnt"), "Permission denied")
+    result = user.fusedisk("mount", "--create", "1MiB", "new.img", "roots/mnt")
+    assert_one_line(result, "cannot mount")
+    assert [p for p in sorted(user.home.rglob("*")) if "new.img.fusedisk" not in str(p)] == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["mount"], ["mount", "x"], ["mount", "--fast", "x", "y"], ["status"], ["moult"]]
+)
+def test_usage_is_one_line_and_status_2(arguments: list[str]) -> None:
+    result = fusedisk(*arguments)
+    assert result.returncode == 2
+    assert_one_line(result)
+
+
+def test_help_and_no_arguments() -> None:
+    for arguments in (["--help"], ["mount", "--help"]):
+        result = fusedisk(*arguments)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith("Usage: fusedisk")
+    assert "Usage: fusedisk" in fusedisk().stdout + fusedisk().stderr
+
+
+def test_what_is_mounted_but_not_ours(tmp_path: Path) -> None:
+    for command in ("unmount", "status"):
+        assert_one_line(fusedisk(command, "/proc"), "not a fusedisk mount")
+    assert Path("/proc/self").exists()
+    assert mounts_below(tmp_path) == []
+
+
+def test_loop_device_with_clean_remount(
+    loop_device: Attach, fuse: MakeMount, image: Path, tmp_path: Path
+) -> None:
+    mount = fuse(loop_device(image))
+    command = start(mount, "--foreground")
+    wait_for(lambda: usable(mount), "it is mounted")
+    # The claim keeps others from writing beside us.
+    assert refused(lambda: os.open(mount.images[0], os.O_RDWR | os.O_EXCL)) == errno.EBUSY
+    pwrite(mount.disk(), b"b" * 4096, 3 * CHUNK)
+    command.send_signal(signal.SIGTERM)
+    command.communicate(timeout=20)
+    assert mount.mount() == ""
+    assert mount.changed() == [1]
