@@ -13,20 +13,21 @@ import trio
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.state import write_durably
-from replicator.address import Address, connect
+from replicator.address import Address
 from replicator.cutover import CutoverOptions, NotConverged, OutcomeUnknown, cut_over
 from replicator.link import Link, LinkLost
 from replicator.messages import RemoteProtocolError
 from replicator.progress import Progress
 from replicator.sender import Session
 from replicator.source import Source
+from replicator.transport.connecting import connected
+from replicator.transport.settings import Settings
 
 log = logging.getLogger("replicator.sender")
 
 Outcome: TypeAlias = dict[str, Any] | FuseDiskError
 
 _RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
-_CONNECT_SECONDS_MAX = 10.0
 _KEEPALIVE_SECONDS = 5.0
 
 
@@ -58,9 +59,17 @@ class Follower:
     """Keeps one replica up to date until told to stop."""
 
     def __init__(
-        self, source: Source, name: str, address: Address, *, rpo_seconds: float, once: bool
+        self,
+        source: Source,
+        name: str,
+        address: Address,
+        settings: Settings,
+        *,
+        rpo_seconds: float,
+        once: bool,
     ) -> None:
         self._source, self._name, self._address = source, name, address
+        self._settings = settings
         self._rpo_seconds, self._once = rpo_seconds, once
         self._instance = str(uuid.uuid4())
         self._session: Session | None = None
@@ -94,9 +103,10 @@ class Follower:
             self._retry_seconds = min(2 * self._retry_seconds, _RETRY_SECONDS_MAX)
 
     async def _one_link(self) -> None:
-        with trio.fail_after(_CONNECT_SECONDS_MAX):
-            stream = await connect(self._address)
-        link = Link(stream, "sender")
+        async with connected(self._address, self._settings) as stream:
+            await self._converse(Link(stream, "sender"))
+
+    async def _converse(self, link: Link) -> None:
         session = self._session = Session(self._source, link, self._name, self._instance)
         try:
             opened = await session.open()

@@ -38,6 +38,7 @@ from replicator.messages import (
     Data,
     Event,
     LocalProtocolError,
+    PeerSpeaksTls,
     RemoteProtocolError,
     Zero,
 )
@@ -244,6 +245,9 @@ def _length_bounds(kind: type[Event]) -> tuple[int, int]:
 def _check_magic(start: bytearray) -> None:
     if MAGIC.startswith(start):
         return
+    # A record of TLS, handshake or alert (RFC 8446, 5.1): the likeliest mistake has a remedy.
+    if start[0] in (0x15, 0x16):
+        raise PeerSpeaksTls("peer speaks TLS: write tls:// on both sides, or on none")
     if start[:3] == MAGIC[:3]:
         raise RemoteProtocolError("peer speaks another version of the fusedisk framing")
     raise RemoteProtocolError("peer does not speak the fusedisk protocol")

@@ -1,5 +1,6 @@
 """A stream that speaks the protocol: events in, events out."""
 
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import trio
@@ -23,10 +24,15 @@ class LinkLost(Exception):
 
 
 class Link:
-    """One connection. A cancelled `send` leaves half a frame behind, so the link is then done."""
+    """One connection, over any stream.
 
-    def __init__(self, stream: trio.SocketStream, role: Role) -> None:
+    A cancelled `send` leaves half a frame behind: the link is then done, and only `close` is left.
+    A cancelled `receive` loses nothing over a socket or a pipe; over TLS the link is done as well.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, role: Role) -> None:
         self._stream = stream
+        self._receive_into = _receiver_into(stream)
         self._connection = Connection(role)
         # Invariant: buffers reach the stream in the order in which the protocol saw the events.
         self._sending = trio.Lock()
@@ -40,16 +46,16 @@ class Link:
                     await self._stream.send_all(buffer)
                     self.sent_bytes += len(buffer)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise LinkLost("the connection was lost") from error
+                raise _lost(error) from error
 
     async def receive(self) -> Event:
         """The next event. Raises LinkLost at the end, RemoteProtocolError on a broken rule."""
         while True:
             buffer = self._connection.get_buffer()
             try:
-                count = await self._stream.socket.recv_into(buffer)
-            except (OSError, trio.ClosedResourceError) as error:
-                raise LinkLost("the connection was lost") from error
+                count = await self._receive_into(buffer)
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise _lost(error) from error
             if count == 0:
                 self._connection.eof()
                 raise LinkLost("the peer closed the connection")
@@ -72,9 +78,49 @@ class Link:
             if not isinstance(event, Pong):
                 raise RemoteProtocolError(f"peer sent {type(event).__name__} out of turn")
 
+    async def send_alert(self, alert: bytes) -> None:
+        """Send a last word of another protocol's, to a peer that speaks that one."""
+        with trio.move_on_after(1, shield=True):
+            try:
+                await self._stream.send_all(alert)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Let the peer read our last word: to close over unread input would reset the connection.
+
+        Takes a second at most, and keeps nothing of what still comes.
+        """
+        with trio.move_on_after(1, shield=True):
+            try:
+                if isinstance(self._stream, trio.abc.HalfCloseableStream):
+                    await self._stream.send_eof()
+                while await self._stream.receive_some(1 << 16):
+                    pass
+            except (OSError, FuseDiskError, trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+
     async def close(self) -> None:
         """Close the stream, whatever state the conversation is in."""
         await trio.aclose_forcefully(self._stream)
+
+
+def _lost(error: Exception) -> LinkLost:
+    # A stream of ours says in its error what became of it; others say nothing of use.
+    return LinkLost(str(error) or "the connection was lost")
+
+
+def _receiver_into(stream: trio.abc.Stream) -> Callable[[memoryview], Awaitable[int]]:
+    if isinstance(stream, trio.SocketStream):
+        return stream.socket.recv_into
+
+    async def receive_into(buffer: memoryview) -> int:
+        data = await stream.receive_some(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    return receive_into
 
 
 async def say_last(link: Link, event: Event) -> None:
@@ -82,7 +128,7 @@ async def say_last(link: Link, event: Event) -> None:
     with trio.move_on_after(1, shield=True):
         try:
             await link.send(event)
-        except (LinkLost, LocalProtocolError, RemoteProtocolError):
+        except (LinkLost, FuseDiskError, LocalProtocolError, RemoteProtocolError):
             return
 
 

@@ -56,6 +56,10 @@ class RemoteProtocolError(Exception):
     """The peer broke the rules, or bytes were damaged on the way; the text is one line."""
 
 
+class PeerSpeaksTls(RemoteProtocolError):
+    """The peer's first bytes are TLS."""
+
+
 # msgspec takes no bound above a signed 64-bit integer; msgpack itself ends at a u64.
 U64: TypeAlias = Annotated[int, Meta(ge=0)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=OFFSET_MAX)]

@@ -5,25 +5,27 @@ The reader task only queues; the worker does everything in the order of the wire
 """
 
 import logging
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
 import trio
 
 from fusedisk.errors import FuseDiskError
 from replicator import messages as m
-from replicator.address import Address, TcpAddress, UnixAddress
+from replicator.admission import Admission
 from replicator.link import Link, LinkLost, say_last
 from replicator.replica import Replica, ReplicaDisk
 from replicator.running import first_error
 from replicator.store import Store
 from replicator.transfers import TransferDigest
+from replicator.transport.tls import NOT_TLS_ALERT
 
 log = logging.getLogger("replicator.receiver")
 
-_HANDSHAKE_SECONDS = 10.0
 _QUEUED_EVENTS_MAX = 16
+
+Authenticate: TypeAlias = Callable[[], Awaitable[str | None]]
+"""Finds out who the peer is: what to refuse it with, or None. Raises trio.BrokenResourceError."""
 
 
 class _Active:
@@ -41,38 +43,49 @@ class Receiver:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._active: dict[str, _Active] = {}
+        self._admission = Admission()
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(
+        self, stream: trio.abc.Stream, authenticate: Authenticate | None = None
+    ) -> None:
         """Run one session to its end; errors of the peer end the session, never the receiver."""
         link = Link(stream, "receiver")
         try:
-            await self._session(link)
+            with self._admission.connection():
+                await self._session(link, authenticate)
         except LinkLost as error:
             log.info("session ended: %s", error)
+        except m.PeerSpeaksTls as error:
+            log.warning("session refused: %s", error)
+            await link.send_alert(NOT_TLS_ALERT)
         except m.RemoteProtocolError as error:
             log.warning("session refused: %s", error)
             await say_last(link, m.Failed("protocol", str(error)[:1000]))
+            await link.drain()
         except FuseDiskError as error:
             log.warning("session refused: %s", error)
             await say_last(link, m.Failed("refused", str(error)[:1000]))
+            await link.drain()
         except OSError as error:
             log.error("session failed: %s", error)
             await say_last(link, m.Failed("io", str(error)[:1000]))
+            await link.drain()
         except trio.Cancelled:
             await say_last(link, m.Bye())
             raise
         finally:
             await link.close()
 
-    async def _session(self, link: Link) -> None:
-        with trio.move_on_after(_HANDSHAKE_SECONDS) as limit:
+    async def _session(self, link: Link, authenticate: Authenticate | None) -> None:
+        with self._admission.opening():
+            refusal = await _authenticated(authenticate)
             hello = await link.expect(m.Hello)
+            if refusal is not None:
+                raise FuseDiskError(refusal)
             if 1 not in hello.versions:
                 raise FuseDiskError("no protocol version in common; upgrade the older side")
             await link.send(m.Welcome(1))
             opening = await link.receive()
-        if limit.cancelled_caught:
-            raise LinkLost("nothing was asked for in time")
         if isinstance(opening, m.Resolve):
             await self._resolve(link, opening)
             return
@@ -132,6 +145,15 @@ class Receiver:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(replica.close)
+
+
+async def _authenticated(authenticate: Authenticate | None) -> str | None:
+    if authenticate is None:
+        return None
+    try:
+        return await authenticate()
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        raise LinkLost(str(error) or "the connection was lost") from None
 
 
 async def _read(link: Link, queue: trio.MemorySendChannel[m.Event]) -> None:
@@ -201,46 +223,3 @@ def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:
         for s in replica.hashes(asked.disk, asked.offset, asked.length, seed)
     ]
     return m.Hashes(asked.disk, asked.offset, asked.length, segments)
-
-
-async def listen(address: Address) -> tuple[trio.SocketListener, Address]:
-    """A listener and the address it really has. Raises OSError."""
-    if isinstance(address, UnixAddress):
-        if Path(address.path).is_socket():
-            _remove_stale(address.path)
-        sock = trio.socket.socket(trio.socket.AF_UNIX)
-        await sock.bind(address.path)
-        Path(address.path).chmod(0o600)
-        sock.listen(64)
-        return trio.SocketListener(sock), address
-    listener = (await trio.open_tcp_listeners(address.port, host=address.host))[0]
-    return listener, TcpAddress(address.host, listener.socket.getsockname()[1])
-
-
-def _remove_stale(path: str) -> None:
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            os.unlink(path)
-
-
-async def receive(store: Store, addresses: Sequence[Address]) -> None:
-    """Serve until cancelled; prints one line for each address once it accepts."""
-    receiver = Receiver(store)
-    bound = []
-    try:
-        listeners = []
-        for address in addresses:
-            listener, real = await listen(address)
-            listeners.append(listener)
-            bound.append(real)
-        for real in bound:
-            print(f"listening on {real}", flush=True)
-        await trio.serve_listeners(receiver.serve, listeners)
-    finally:
-        for real in bound:
-            if isinstance(real, UnixAddress):
-                Path(real.path).unlink(missing_ok=True)

@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 from conftest import Mount, wait_for
 
-from fusedisk.errors import UsageError
-from replicator.address import TcpAddress, UnixAddress, parse_address
-
 CHUNK = 65536
 SIZES = [40 * CHUNK + 4608, 17 * CHUNK + 512]
 REPLICATOR = str(Path(sys.executable).with_name("replicator"))
@@ -310,43 +307,3 @@ def test_peer_that_is_no_receiver_is_named(pair: Pair) -> None:
         pair.refused(pair.start("--once"), pair.address)
         thread.join(timeout=20)
         assert not thread.is_alive()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("tcp://host:1", TcpAddress("host", 1)),
-        ("tcp://127.0.0.1:65535", TcpAddress("127.0.0.1", 65535)),
-        ("tcp://[::1]:0", TcpAddress("::1", 0)),
-        ("unix:///run/r.sock", UnixAddress("/run/r.sock")),
-        ("unix:///" + "a" * 106, UnixAddress("/" + "a" * 106)),
-    ],
-)
-def test_address(text: str, expected: TcpAddress | UnixAddress) -> None:
-    assert parse_address(text) == expected
-    assert str(expected) == text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "host:1",
-        "tcp://host",
-        "tcp://:1",
-        "tcp://host:65536",
-        "tcp://host:-1",
-        "tcp://host:1/",
-        "tcp://host:1\n",
-        "tcp://::1:1",
-        "tcp://a b:1",
-        "unix://relative",
-        "unix:///",
-        "unix:///" + "a" * 107,
-        "unix:///a\0b",
-        "http://host:1",
-    ],
-)
-def test_address_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="tcp://HOST:PORT or unix:///PATH"):
-        parse_address(text)

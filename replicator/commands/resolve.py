@@ -6,17 +6,21 @@ import click
 import trio
 
 from fusedisk.fencing import read_fence
-from replicator.address import connect, parse_address
+from replicator.address import parse_address
 from replicator.cutover import OutcomeUnknown, settle
 from replicator.cutover import resolve as ask_outcome
 from replicator.link import Link, LinkLost
+from replicator.options import sender_options
 from replicator.running import run_trio
 from replicator.source import Source
+from replicator.transport.connecting import connected
+from replicator.transport.settings import Settings
 
 
 @click.command()
+@sender_options
 @click.argument("mountpoint", type=click.Path(path_type=Path))
-def command(mountpoint: Path) -> None:
+def command(mountpoint: Path, settings: Settings) -> None:
     """Settle a cutover of unknown outcome with the target."""
     source = Source(mountpoint)
     images = [Path(disk.path) for disk in source.record.disks]
@@ -29,13 +33,12 @@ def command(mountpoint: Path) -> None:
         return
 
     async def run() -> None:
-        link = Link(await connect(parse_address(record.address)), "sender")
         try:
-            outcome = await ask_outcome(link, record, source.record.source_id)
+            async with connected(parse_address(record.address), settings) as stream:
+                link = Link(stream, "sender")
+                outcome = await ask_outcome(link, record, source.record.source_id)
         except (LinkLost, trio.TooSlowError) as error:
             raise OutcomeUnknown(f"the target cannot be asked ({error}); try again") from None
-        finally:
-            await link.close()
         settle(source, images, record, outcome)
         click.echo(outcome)
 

@@ -9,25 +9,32 @@ import trio
 from replicator import control
 from replicator.address import parse_address
 from replicator.following import Follower, lock_replica
+from replicator.options import sender_options
 from replicator.running import run_trio, until_signal
 from replicator.source import Source
 from replicator.store import check_replica_name
+from replicator.transport.connecting import check_target
+from replicator.transport.settings import Settings
 
 
 @click.command()
 @click.option("--name", help="The replica's name; default: the mountpoint's last component.")
 @click.option("--once", is_flag=True, help="End when nothing is left to send.")
 @click.option("--rpo", default=5.0, type=click.FloatRange(0.1, 86400), show_default=True)
+@sender_options
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.argument("address")
-def command(mountpoint: Path, address: str, name: str | None, once: bool, rpo: float) -> None:
+def command(
+    mountpoint: Path, address: str, name: str | None, once: bool, rpo: float, settings: Settings
+) -> None:
     """Replicate all disks of a mount, in the foreground."""
     name = name or mountpoint.resolve().name
     check_replica_name(name)
     target = parse_address(address)
+    check_target(target)
     source = Source(mountpoint)
     lock_replica(source.state, name)
-    follower = Follower(source, name, target, rpo_seconds=rpo, once=once)
+    follower = Follower(source, name, target, settings, rpo_seconds=rpo, once=once)
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:

@@ -1,0 +1,61 @@
+"""Options that several commands share."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import click
+
+from replicator.transport.settings import REMOTE_COMMAND, Settings
+
+Command: TypeAlias = Callable[..., None]
+
+_tls = click.option(
+    "--tls",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="ca.pem, cert.pem and key.pem; default: ~/.config/fusedisk/tls or /etc/fusedisk/tls.",
+)
+_insecure = click.option(
+    "--insecure", is_flag=True, help="Allow tcp:// beyond the loopback, open to anybody there."
+)
+_allow = click.option(
+    "--allow",
+    multiple=True,
+    metavar="NAME",
+    help="Certificate name that may connect by TLS; repeatable. Default: any of the CA.",
+)
+_remote_command = click.option(
+    "--remote-command",
+    default=REMOTE_COMMAND,
+    show_default=True,
+    metavar="COMMAND",
+    help="Starts replicator on an ssh:// host; the shell there takes it as it is.",
+)
+
+
+def sender_options(function: Command) -> Command:
+    """Options of a command that connects; it gets them as ``settings``."""
+    return _tls(_insecure(_remote_command(_with_settings(function))))
+
+
+def receiver_options(function: Command) -> Command:
+    """Options of a command that listens; it gets them as ``settings``."""
+    return _tls(_insecure(_allow(_with_settings(function))))
+
+
+def _with_settings(function: Command) -> Command:
+    @functools.wraps(function)
+    def command(
+        tls: Path | None,
+        insecure: bool,
+        allow: tuple[str, ...] = (),
+        remote_command: str = REMOTE_COMMAND,
+        **rest: Any,
+    ) -> None:
+        if not remote_command.strip() or not remote_command.isprintable():
+            raise click.BadParameter("must be one line of text", param_hint="--remote-command")
+        function(settings=Settings(tls, insecure, allow, remote_command), **rest)
+
+    return command

@@ -1,0 +1,1 @@
+"""How the two ends reach each other: a stream for each kind of address."""
