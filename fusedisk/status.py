@@ -1,6 +1,5 @@
 """What a mount is doing, read from its state directory: the server need not answer."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +8,29 @@ import msgspec
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.errors import FuseDiskError
 from fusedisk.mounting import find_state
-from fusedisk.state import read_mount_record
+from fusedisk.replicas import committed_epoch, open_maps, read_record, replica_names, reports
+from fusedisk.state import Disk, MountRecord, read_mount_record
 
 
 def status(mountpoint: Path) -> dict[str, Any]:
     """The object that ``fusedisk status --json`` prints (sizes in bytes). Raises FuseDiskError."""
     state = find_state(mountpoint)
     record = read_mount_record(state)
-    disks = []
+    maps = open_maps(state, record)
     try:
         control = Control(state / "control")
         epoch, fenced = control.epoch, control.fenced
         control.close()
-        for index, disk in enumerate(record.disks):
-            changes = ChangeMap(state / f"{index}.map")
-            info = Path(disk.path).stat()
-            disks.append(
-                {
-                    "name": disk.name,
-                    "path": disk.path,
-                    "size": disk.size,
-                    "allocated": disk.size if Path(disk.path).is_block_device() else _used(info),
-                    "chunk_size": disk.chunk_size,
-                    "chunks": changes.chunks,
-                    "changed_chunks": changes.count(0),
-                }
-            )
-            changes.close()
+        behind = _furthest_behind(state, record)
+        disks = [
+            _disk(disk, changes, behind) for disk, changes in zip(record.disks, maps, strict=True)
+        ]
+        replicas = reports(state, record, maps, epoch)
     except (OSError, ValueError) as error:
         raise FuseDiskError(f"the state in {state} is damaged: {error}") from None
+    finally:
+        for changes in maps:
+            changes.close()
     pids = _pids(state)
     return {
         "mountpoint": record.mountpoint,
@@ -46,6 +39,32 @@ def status(mountpoint: Path) -> dict[str, Any]:
         "server": {"pid": pids.get("server"), "restarts": 0},
         "keeper": {"pid": pids.get("keeper")},
         "disks": disks,
+        "replicas": replicas,
+    }
+
+
+def _furthest_behind(state: Path, mount: MountRecord) -> int:
+    """The epoch that every replica has; 0 where there is none, or one without any."""
+    behind = []
+    for name in replica_names(state):
+        try:
+            behind.append(committed_epoch(read_record(state, name), mount) or 0)
+        except FuseDiskError:
+            # The entry among the replicas says what is wrong with its note.
+            behind.append(0)
+    return min(behind, default=0)
+
+
+def _disk(disk: Disk, changes: ChangeMap, behind: int) -> dict[str, Any]:
+    path = Path(disk.path)
+    return {
+        "name": disk.name,
+        "path": disk.path,
+        "size": disk.size,
+        "allocated": disk.size if path.is_block_device() else path.stat().st_blocks * 512,
+        "chunk_size": disk.chunk_size,
+        "chunks": changes.chunks,
+        "changed_chunks": changes.count(behind),
     }
 
 
@@ -64,7 +83,3 @@ def _is_ours(role: str, pid: int) -> bool:
     except OSError:
         return False
     return f"fusedisk.{role}".encode() in command
-
-
-def _used(info: os.stat_result) -> int:
-    return info.st_blocks * 512

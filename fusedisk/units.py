@@ -19,3 +19,19 @@ def parse_size(text: str) -> int:
     if size > SIZE_MAX:
         raise UsageError(f"{text!r} is larger than any disk can be")
     return size
+
+
+def parse_rate(text: str) -> int | None:
+    """Bytes a second from a size, with or without ``/s``; None for ``none`` or 0, no limit."""
+    if text == "none":
+        return None
+    return parse_size(text.removesuffix("/s")) or None
+
+
+def format_size(count: float) -> str:
+    """Bytes for people, e.g. ``1.5 GiB``."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,21 +1,27 @@
-"""The control socket of a sender: a word in, a JSON line out; for its owner only (mode 0600)."""
+"""The control socket of a sender: a line ``WORD [JSON]`` in, a line of JSON out.
+
+It is for its owner only (mode 0600). The client's side is `fusedisk.controlclient`.
+"""
 
 import json
 import os
-import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
+from fusedisk.controlclient import REQUEST_BYTES_MAX, SILENT, ask_sender, short_path
 from fusedisk.errors import FuseDiskError, UsageError
+from fusedisk.replicas import replica_names
 from replicator.cutover import CutoverOptions, OutcomeUnknown
-from replicator.following import Follower, ReplicaRecord
+from replicator.following import Follower
+from replicator.settings import Changes
 
-_REQUEST_BYTES_MAX = 16384
-_REPLY_BYTES_MAX = 1 << 20
 _ANSWER_SECONDS_MAX = 10.0
+
+Decoded = TypeVar("Decoded")
 
 
 def path(state: Path, name: str) -> Path:
@@ -23,123 +29,144 @@ def path(state: Path, name: str) -> Path:
     return state / "replicas" / f"{name}.sock"
 
 
-def _short(folder: int, name: str) -> str:
-    # A socket's path ends at 107 bytes, a state directory's need not.
-    return f"/proc/self/fd/{folder}/{name}"
-
-
-async def serve(where: Path, follower: Follower, stop: trio.CancelScope) -> None:
-    """Answer ``status`` and ``stop`` until cancelled. The caller holds the replica's lock."""
+async def serve(
+    where: Path,
+    follower: Follower,
+    stop: trio.CancelScope,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer requests until cancelled. The caller holds the replica's lock."""
     where.unlink(missing_ok=True)
     folder = os.open(where.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         sock = trio.socket.socket(trio.socket.AF_UNIX)
-        await sock.bind(_short(folder, where.name))
+        await sock.bind(short_path(folder, where.name))
         where.chmod(0o600)
         sock.listen(16)
 
         async def answer(stream: trio.SocketStream) -> None:
-            try:
-                with trio.fail_after(_ANSWER_SECONDS_MAX):
-                    request = await stream.receive_some(_REQUEST_BYTES_MAX)
-                word, _, rest = request.partition(b" ")
-                if word == b"cutover":
-                    reply = await _cutover(follower, rest)
-                else:
-                    reply = follower.report() if word in (b"status", b"stop") else {}
-                with trio.fail_after(_ANSWER_SECONDS_MAX):
-                    await stream.send_all(json.dumps(reply).encode() + b"\n")
-            except (trio.BrokenResourceError, trio.TooSlowError):
-                return
-            if word == b"stop":
+            async with stream:
+                try:
+                    with trio.fail_after(_ANSWER_SECONDS_MAX):
+                        word, rest = await _read_request(stream)
+                    reply = await _reply(follower, word, rest)
+                    with trio.fail_after(_ANSWER_SECONDS_MAX):
+                        await stream.send_all(json.dumps(reply).encode() + b"\n")
+                except (trio.BrokenResourceError, trio.TooSlowError):
+                    return
+            if word == "stop":
                 stop.cancel()
 
+        task_status.started()
         await trio.serve_listeners(answer, [trio.SocketListener(sock)])
     finally:
         os.close(folder)
         where.unlink(missing_ok=True)
 
 
+async def _read_request(stream: trio.SocketStream) -> tuple[str, bytes]:
+    """(word, JSON); the word is empty where it is no request."""
+    line = b""
+    while b"\n" not in line:
+        more = await stream.receive_some(REQUEST_BYTES_MAX + 1 - len(line))
+        line += more
+        if not more or len(line) > REQUEST_BYTES_MAX:
+            return "", b""
+    word, _, rest = line.partition(b"\n")[0].partition(b" ")
+    return word.decode(errors="replace"), rest
+
+
+async def _status(follower: Follower, _: bytes) -> dict[str, Any]:
+    return follower.report()
+
+
+async def _pause(follower: Follower, _: bytes) -> dict[str, Any]:
+    follower.pause(True)
+    return follower.report()
+
+
+async def _resume(follower: Follower, _: bytes) -> dict[str, Any]:
+    follower.pause(False)
+    return follower.report()
+
+
+async def _set(follower: Follower, rest: bytes) -> dict[str, Any]:
+    follower.change(_decode(rest, Changes))
+    return follower.report()
+
+
 async def _cutover(follower: Follower, rest: bytes) -> dict[str, Any]:
     try:
-        options = msgspec.json.decode(rest, type=CutoverOptions)
-        return await follower.cut_over(options)
-    except (msgspec.MsgspecError, FuseDiskError) as error:
-        code = error.exit_code if isinstance(error, FuseDiskError) else 2
-        outcome = "unknown" if code == OutcomeUnknown.exit_code else "rolled-back"
-        return {"outcome": outcome, "error": str(error), "exit_code": code}
+        return await follower.cut_over(_decode(rest, CutoverOptions))
+    except FuseDiskError as error:
+        outcome = "unknown" if isinstance(error, OutcomeUnknown) else "rolled-back"
+        return {"outcome": outcome, **_failure(error)}
 
 
-def _request(
-    state: Path, name: str, word: str, seconds: float = _ANSWER_SECONDS_MAX
-) -> dict[str, Any] | None:
-    """The sender's answer, or None where none runs."""
+# What a sender can be asked. "stop" is answered like status; then the sender ends.
+_REQUESTS: dict[str, Callable[[Follower, bytes], Awaitable[dict[str, Any]]]] = {
+    "cutover": _cutover,
+    "pause": _pause,
+    "resume": _resume,
+    "set": _set,
+    "status": _status,
+    "stop": _status,
+}
+
+
+async def _reply(follower: Follower, word: str, rest: bytes) -> dict[str, Any]:
     try:
-        folder = os.open(state / "replicas", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
+        if word not in _REQUESTS:
+            raise UsageError("not a request that this sender knows; is it of another version?")
+        return await _REQUESTS[word](follower, rest)
+    except FuseDiskError as error:
+        return _failure(error)
+
+
+def _decode(rest: bytes, kind: type[Decoded]) -> Decoded:
     try:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(seconds)
-            sock.connect(_short(folder, f"{name}.sock"))
-            sock.sendall(word.encode())
-            with sock.makefile("rb") as answers:
-                reply = json.loads(answers.readline(_REPLY_BYTES_MAX))
-            return reply if isinstance(reply, dict) else None
-    except (OSError, ValueError):
-        return None
-    finally:
-        os.close(folder)
+        return msgspec.json.decode(rest, type=kind)
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"the request is damaged: {error}") from None
 
 
-def _records(state: Path) -> list[ReplicaRecord]:
-    found = []
-    for file in sorted((state / "replicas").glob("*.json")):
-        try:
-            found.append(msgspec.json.decode(file.read_bytes(), type=ReplicaRecord))
-        except (OSError, msgspec.MsgspecError) as error:
-            raise FuseDiskError(f"{file} is damaged: {error}; remove it") from None
-    return found
+def _failure(error: FuseDiskError) -> dict[str, Any]:
+    return {"error": str(error), "exit_code": error.exit_code}
 
 
-def _names(state: Path) -> list[str]:
-    running = {file.stem for file in (state / "replicas").glob("*.sock")}
-    return sorted(running | {record.name for record in _records(state)})
-
-
-def reports(state: Path) -> list[dict[str, Any]]:
-    """A status entry for each replica; ``stopped`` where no sender answers."""
-    records = {record.name: record for record in _records(state)}
-    found = []
-    for name in _names(state):
-        live = _request(state, name, "status")
-        if live is None and name in records:
-            record = records[name]
-            live = {
-                "name": name,
-                "address": record.address,
-                "state": "stopped",
-                "epoch": {"committed": record.epoch},
-                "error": None,
-            }
-        if live is not None:
-            found.append(live)
-    return found
+def choose(state: Path, name: str | None) -> str:
+    """The replica that is meant: the only one where no name is given. Raises UsageError."""
+    names = replica_names(state)
+    if name is None and len(names) == 1:
+        return names[0]
+    if name is None:
+        raise UsageError(f"say which replica by --name: {', '.join(names) or 'there is none'}")
+    if name not in names:
+        raise UsageError(f"there is no replica {name}; there is: {', '.join(names) or 'none'}")
+    return name
 
 
 def ask(
-    state: Path, name: str | None, word: str, seconds: float = _ANSWER_SECONDS_MAX
+    state: Path, name: str | None, request: str, seconds: float = _ANSWER_SECONDS_MAX
 ) -> dict[str, Any]:
     """Send a request to the sender of a replica, the only one where no name is given.
 
-    Raises UsageError where the name is missing or wrong, FuseDiskError where no sender runs.
+    Raises UsageError where the name is missing or wrong, FuseDiskError where no sender runs or it
+    does not answer. What the request itself came to is in the answer.
     """
-    names = _names(state)
-    if name is None:
-        if len(names) != 1:
-            raise UsageError(f"say which replica by --name: {', '.join(names) or 'there is none'}")
-        name = names[0]
-    reply = _request(state, name, word, seconds)
+    name = choose(state, name)
+    reply = ask_sender(state, name, request, seconds)
     if reply is None:
         raise FuseDiskError(f"replica {name} has no running sender; start one")
+    if reply.get("error") == SILENT:
+        raise FuseDiskError(f"{SILENT} (process {reply['sender']['pid']}); is it stopped?")
+    return reply
+
+
+def command(state: Path, name: str | None, request: str) -> dict[str, Any]:
+    """Like `ask`, and raises what the sender refused."""
+    reply = ask(state, name, request)
+    if "exit_code" in reply:
+        kind = UsageError if reply["exit_code"] == UsageError.exit_code else FuseDiskError
+        raise kind(str(reply["error"]))
     return reply

@@ -1,8 +1,13 @@
-"""A sender's life: connect, synchronise, follow; and again after every loss of the link."""
+"""A sender's life: connect, synchronise, follow; and again after every loss of the link.
+
+One task converses with the receiver, one reads all the time (replicator.senderlink), one watches
+the mount, and one writes the note on the replica; all end with `Follower.run`.
+"""
 
 import fcntl
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +17,15 @@ import msgspec
 import trio
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.state import write_durably
+from fusedisk.replicas import ReplicaRecord, Sent, read_record, write_record
 from replicator.address import Address
 from replicator.cutover import CutoverOptions, NotConverged, OutcomeUnknown, cut_over
-from replicator.link import Link, LinkLost
+from replicator.link import LinkLost
 from replicator.messages import RemoteProtocolError
 from replicator.progress import Progress
 from replicator.sender import Session
+from replicator.senderlink import Pace, SenderLink
+from replicator.settings import Changes, SenderSettings
 from replicator.source import Source
 from replicator.transport.connecting import connected
 from replicator.transport.settings import Settings
@@ -28,16 +35,15 @@ log = logging.getLogger("replicator.sender")
 Outcome: TypeAlias = dict[str, Any] | FuseDiskError
 
 _RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
+_FIRST_CONNECT_SECONDS_MAX = 30.0
 _KEEPALIVE_SECONDS = 5.0
+_MOUNT_POLL_SECONDS = 0.5
 
-
-class ReplicaRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """What the source remembers of a replica; the target's own record decides."""
-
-    name: str
-    address: str
-    generation: str | None = None
-    epoch: int | None = None
+# What ends a link; all but RemoteProtocolError and FuseDiskError may go better the next time.
+_LINK_ENDINGS = (
+    *(LinkLost, OSError, trio.TooSlowError, trio.BrokenResourceError),
+    *(RemoteProtocolError, FuseDiskError),
+)
 
 
 def lock_replica(state: Path, name: str) -> int:
@@ -56,99 +62,216 @@ def lock_replica(state: Path, name: str) -> int:
 
 
 class Follower:
-    """Keeps one replica up to date until told to stop."""
+    """Keeps one replica up to date until told to stop. Made and used inside trio."""
 
     def __init__(
         self,
         source: Source,
         name: str,
         address: Address,
-        settings: Settings,
-        *,
-        rpo_seconds: float,
-        once: bool,
+        transport: Settings,
+        settings: SenderSettings,
     ) -> None:
         self._source, self._name, self._address = source, name, address
-        self._settings = settings
-        self._rpo_seconds, self._once = rpo_seconds, once
+        self._transport, self._settings = transport, settings
         self._instance = str(uuid.uuid4())
-        self._session: Session | None = None
+        self._pace = Pace(settings.bandwidth)
         self._retry_seconds = _RETRY_SECONDS_MIN
+        self._retry_at: float | None = None
+        self._began = trio.current_time()
+        self._reached = self._committed_here = self._unmounted = False
+        self._wake = trio.Event()
+        self._cutover: tuple[CutoverOptions, trio.MemorySendChannel[Outcome]] | None = None
+        self._noting = trio.Event()
+        self.progress = Progress()
+        self.sent = Sent()
         self.state = "connecting"
         self.error: str | None = None
         self.committed: int | None = None
-        self._wake = trio.Event()
-        self._cutover: tuple[CutoverOptions, trio.MemorySendChannel[Outcome]] | None = None
+        self.commits = 0
+        self.paused = False
         self.on_change: Callable[[], None] = lambda: None
+        try:
+            noted = read_record(source.state, name)
+        except FuseDiskError as damage:
+            log.warning("%s; it is written anew", damage)
+            noted = None
+        self._closed_at = time.time()
+        if noted is not None:
+            if settings.max_downtime_ms is None:
+                settings.max_downtime_ms = noted.max_downtime_ms
+            if noted.generation == source.record.generation:
+                self.committed = noted.epoch
+                self._closed_at = noted.closed_at or self._closed_at
 
     async def run(self) -> None:
-        """Replicate. Returns with ``once`` when nothing is left to send, or when unmounted.
+        """Replicate until promoted, with ``once`` when nothing is left to send, or unmounted.
 
         Raises FuseDiskError for what trying again would not mend.
         """
+        failure: Exception | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_note)
+                nursery.start_soon(self._watch_mount, nursery.cancel_scope)
+                try:
+                    await self._keep_linked()
+                except (OSError, FuseDiskError) as error:
+                    failure = error
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._write_note()
+        if self._unmounted and self._settings.once and not self._committed_here:
+            raise FuseDiskError(
+                "the mount was unmounted before a copy was committed; mount it and start again"
+            )
+        if self._unmounted:
+            log.info("the mount was unmounted; the next start goes on from here")
+        elif failure is not None:
+            raise failure
+
+    async def _watch_mount(self, scope: trio.CancelScope) -> None:
+        # A cutover finds out by itself: it has an answer to give.
+        while self._source.mounted or self.state == "cutover":
+            await trio.sleep(_MOUNT_POLL_SECONDS)
+        self._unmounted = True
+        scope.cancel()
+
+    async def _keep_linked(self) -> None:
         while True:
+            self._set_state("connecting")
             try:
-                self._set_state("connecting")
                 await self._one_link()
                 return
-            except (LinkLost, OSError, trio.TooSlowError) as error:
+            except _LINK_ENDINGS as error:
+                if not self._source.mounted:
+                    self._unmounted = True
+                    return
+                if isinstance(error, RemoteProtocolError):
+                    raise FuseDiskError(
+                        f"the receiver at {self._address} is none: {error}"
+                    ) from None
+                if isinstance(error, FuseDiskError):
+                    raise
                 self.error = str(error) or "the receiver does not answer"
-            except RemoteProtocolError as error:
-                raise FuseDiskError(f"the receiver at {self._address} is none: {error}") from None
-            if not self._source.mounted:
-                return
-            self._set_state("waiting")
-            log.warning("%s; trying again in %.1f s", self.error, self._retry_seconds)
-            await trio.sleep(self._retry_seconds)
-            self._retry_seconds = min(2 * self._retry_seconds, _RETRY_SECONDS_MAX)
+            await self._wait_to_retry()
+
+    async def _wait_to_retry(self) -> None:
+        delay = self._retry_seconds
+        if self._settings.once and not self._reached:
+            left = self._began + _FIRST_CONNECT_SECONDS_MAX - trio.current_time()
+            if left <= 0:
+                raise FuseDiskError(
+                    f"cannot reach {self._address} ({self.error}), tried for "
+                    f"{_FIRST_CONNECT_SECONDS_MAX:.0f} s; is the receiver running?"
+                )
+            delay = min(delay, left)
+        self._retry_at = trio.current_time() + delay
+        self._set_state("waiting")
+        log.warning("%s; trying again in %.1f s", self.error, delay)
+        await trio.sleep(delay)
+        self._retry_at = None
+        self._retry_seconds = min(2 * self._retry_seconds, _RETRY_SECONDS_MAX)
 
     async def _one_link(self) -> None:
-        async with connected(self._address, self._settings) as stream:
-            await self._converse(Link(stream, "sender"))
+        async with connected(self._address, self._transport) as stream:
+            await self._with_link(SenderLink(stream, self._pace, self.sent))
 
-    async def _converse(self, link: Link) -> None:
-        session = self._session = Session(self._source, link, self._name, self._instance)
-        try:
-            opened = await session.open()
-            self.error = None
-            self._retry_seconds = _RETRY_SECONDS_MIN
-            session.on_phase = self._set_state
-            await session.synchronise(opened)
-            if session.cause:
-                log.info("compared the whole replica, because %s", session.cause)
-            await self._note_commit(session)
-            await self._follow(session, link)
-        finally:
-            await session.goodbye()
-            await link.close()
+    async def _with_link(self, link: SenderLink) -> None:
+        link.on_end = lambda: self._wake.set()
+        session = Session(self._source, link, self._name, self._instance, self.progress, self.sent)
+        session.on_phase = self._set_state
+        session.held = lambda: self._hold(session)
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.listen)
+            try:
+                await self._converse(session, link)
+            except _LINK_ENDINGS as error:
+                failure = error
+            finally:
+                await session.goodbye()
+                await link.close()
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
-    async def _follow(self, session: Session, link: Link) -> None:
+    async def _converse(self, session: Session, link: SenderLink) -> None:
+        opened = await session.open()
+        self.error = None
+        self._reached = True
+        self._retry_seconds = _RETRY_SECONDS_MIN
+        if opened.state == "new" or opened.generation != self._source.record.generation:
+            # The note on it is of something that is no more.
+            self.committed = None
+        await session.synchronise(opened)
+        if session.cause:
+            log.info("compared the whole replica, because %s", session.cause)
+        self._note_commit(session)
         self._set_state("following")
+        if not session.progress.finished:
+            # Nothing had to be synchronised, so nothing is known to be left of an earlier phase.
+            self.progress.begin("pass", [0] * len(self._source.fds))
+            self.progress.finish()
+        await self._follow(session, link)
+
+    async def _follow(self, session: Session, link: SenderLink) -> None:
         while self._source.mounted:
             assert session.committed is not None
+            link.raise_ended()
+            await self._hold(session)
             if self._cutover is not None:
                 await self._do_cutover(session, link)
                 return
-            if self._source.changed_chunks(session.committed):
+            if self._source.lag(session.committed).chunks:
                 await session.next_pass()
-                await self._note_commit(session)
-                if not self._once:
-                    await self._rest(self._rpo_seconds / 2)
-            elif self._once:
+                self._note_commit(session)
+                if not self._settings.once:
+                    await self._rest(self._settings.rpo_seconds / 2)
+            elif self._settings.once:
                 return
             else:
                 await session.ping()
-                await self._rest(min(self._rpo_seconds / 2, _KEEPALIVE_SECONDS))
+                await self._rest(min(self._settings.rpo_seconds / 2, _KEEPALIVE_SECONDS))
+        self._unmounted = True
 
     async def _rest(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
             await self._wake.wait()
         self._wake = trio.Event()
 
+    async def _hold(self, session: Session) -> None:
+        """While paused: stay connected, send nothing of the disks."""
+        before = self.state
+        while self.paused:
+            if self.state != "paused":
+                self._set_state("paused")
+            await session.ping()
+            await self._rest(_KEEPALIVE_SECONDS)
+        if self.state == "paused":
+            self._set_state(before)
+
+    def pause(self, paused: bool) -> None:
+        """Stop sending what changed, or go on. Raises FuseDiskError during a cutover."""
+        if paused and (self._cutover is not None or self.state in ("cutover", "promoted")):
+            raise FuseDiskError("a cutover is under way; it cannot be paused")
+        self.paused = paused
+        self._wake.set()
+
+    def change(self, changes: Changes) -> None:
+        """Apply new settings at once."""
+        changes.apply(self._settings)
+        self._pace.set_rate(self._settings.bandwidth)
+        self._wake.set()
+        self._noting.set()
+
     async def cut_over(self, options: CutoverOptions) -> dict[str, Any]:
         """Cut over as soon as the replica follows; see replicator.cutover.cut_over for errors."""
         if self._cutover is not None:
             raise FuseDiskError("another cutover is under way")
+        if self.paused:
+            raise FuseDiskError("the replica is paused; resume it first")
         answer, answers = trio.open_memory_channel[Outcome](1)
         self._cutover = options, answer
         self._wake.set()
@@ -170,7 +293,7 @@ class Follower:
             raise outcome
         return outcome
 
-    async def _do_cutover(self, session: Session, link: Link) -> None:
+    async def _do_cutover(self, session: Session, link: SenderLink) -> None:
         assert self._cutover is not None
         options, answer = self._cutover
         self._set_state("cutover")
@@ -196,45 +319,70 @@ class Follower:
             self._cutover = None
             # A pass may have been cut short: only a new link is in a known state.
             raise LinkLost(f"the cutover was rolled back: {told}") from None
-        self.committed = session.committed
+        self._note_commit(session)
         self._set_state("promoted")
         answer.send_nowait(result)
         await trio.sleep(0.5)
 
-    async def _note_commit(self, session: Session) -> None:
+    def _note_commit(self, session: Session) -> None:
+        if session.closed_at is not None:
+            self._committed_here = True
+            self.commits += 1
+            self._closed_at = session.closed_at
         self.committed = session.committed
-        record = ReplicaRecord(
-            self._name, str(self._address), self._source.record.generation, session.committed
-        )
-        path = self._source.state / "replicas" / f"{self._name}.json"
-        await trio.to_thread.run_sync(write_durably, path, msgspec.json.encode(record))
+        self._noting.set()
         self.on_change()
 
     def _set_state(self, state: str) -> None:
         self.state = state
         log.info("%s", state)
+        self._noting.set()
         self.on_change()
 
-    @property
-    def progress(self) -> Progress:
-        """Progress of the current phase."""
-        return self._session.progress if self._session else Progress()
+    async def _keep_note(self) -> None:
+        while True:
+            await self._noting.wait()
+            self._noting = trio.Event()
+            await self._write_note()
+
+    async def _write_note(self) -> None:
+        record = ReplicaRecord(
+            self._name,
+            str(self._address),
+            self._source.record.generation,
+            self.committed,
+            self._closed_at if self.committed is not None else None,
+            self.state,
+            msgspec.structs.replace(self.sent),
+            self._settings.max_downtime_ms,
+        )
+        try:
+            await trio.to_thread.run_sync(write_record, self._source.state, record)
+        except OSError as error:
+            # Only status misses it: the target's own record decides where to go on.
+            log.warning("cannot note the state of the replica: %s", error)
 
     def report(self) -> dict[str, Any]:
         """This replica's entry in ``replicator status --json``."""
-        session = self._session
-        lag = self._source.changed_chunks(self.committed or 0)
+        now = trio.current_time()
+        lag = self._source.lag(self.committed or 0)
+        changed = lag.chunks or self.committed is None
+        error = self.error
+        if error and self._retry_at is not None:
+            error = f"{error}; trying again in {max(0.0, self._retry_at - now):.0f} s"
         return {
             "name": self._name,
             "address": str(self._address),
             "state": self.state,
-            "progress": self.progress.report(),
-            "lag": {"chunks": lag, "bytes": sum(self._source.changed_bytes(self.committed or 0))},
-            "epoch": {"current": self._source.control.epoch, "committed": self.committed},
-            "sent": {
-                "data_bytes": session.data_bytes if session else 0,
-                "zero_bytes": session.zero_bytes if session else 0,
+            "progress": self.progress.report(now),
+            "disks": self.progress.disks([disk.name for disk in self._source.record.disks]),
+            "lag": {
+                "bytes": lag.bytes,
+                "chunks": lag.chunks,
+                "seconds": max(0.0, time.time() - self._closed_at) if changed else 0.0,
             },
-            "error": self.error,
+            "epoch": {"current": self._source.control.epoch, "committed": self.committed},
+            "sent": msgspec.to_builtins(self.sent),
+            "error": error,
             "sender": {"pid": os.getpid()},
         }

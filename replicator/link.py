@@ -36,17 +36,19 @@ class Link:
         self._connection = Connection(role)
         # Invariant: buffers reach the stream in the order in which the protocol saw the events.
         self._sending = trio.Lock()
-        self.sent_bytes = 0
+        self.received_bytes = 0
 
     async def send(self, event: Event) -> None:
         """Raises LinkLost, or LocalProtocolError for an event out of turn."""
         async with self._sending:
             try:
                 for buffer in self._connection.send(event):
-                    await self._stream.send_all(buffer)
-                    self.sent_bytes += len(buffer)
+                    await self._write(buffer)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise _lost(error) from error
+
+    async def _write(self, buffer: bytes | memoryview) -> None:
+        await self._stream.send_all(buffer)
 
     async def receive(self) -> Event:
         """The next event. Raises LinkLost at the end, RemoteProtocolError on a broken rule."""
@@ -59,6 +61,7 @@ class Link:
             if count == 0:
                 self._connection.eof()
                 raise LinkLost("the peer closed the connection")
+            self.received_bytes += count
             if events := self._connection.received(count):
                 return events[0]
 

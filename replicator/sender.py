@@ -1,12 +1,14 @@
 """One session of the sending end: handshake, compare or fill, then epoch after epoch."""
 
 import secrets
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import allocated_bytes, data_extents
+from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.link import Link, say_last
 from replicator.progress import Progress
@@ -19,16 +21,23 @@ _ANSWER_SECONDS_MAX = 60.0
 class Session:
     """Sends one replica over one link. ``committed`` is the last epoch the target has durably."""
 
-    def __init__(self, source: Source, link: Link, name: str, instance: str) -> None:
+    def __init__(
+        self, source: Source, link: Link, name: str, instance: str, progress: Progress, sent: Sent
+    ) -> None:
         self._source, self._link = source, link
         self._name, self._instance = name, instance
+        self._sent = sent
         self._seed = secrets.randbits(63)
         self._digest = TransferDigest()
-        self.progress = Progress()
+        self.progress = progress
         self.committed: int | None = None
+        self.closed_at: float | None = None
+        """Wall clock just before the committed epoch was closed here; None for an older one."""
+        self._closing: tuple[int, float] | None = None
         self.cause: str | None = None
-        self.data_bytes = self.zero_bytes = 0
         self.on_phase: Callable[[str], None] = lambda _: None
+        self.held: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        """Awaited before each piece of work; returns at once unless replication is paused."""
 
     async def open(self) -> m.Opened:
         """Shake hands. Raises Refused, LinkLost or RemoteProtocolError."""
@@ -75,7 +84,7 @@ class Session:
         """Close an epoch and send what changed since the committed one."""
         assert self.committed is not None
         since = self.committed
-        epoch = await self._source.close_epoch()
+        epoch = await self._close_epoch()
         totals = await trio.to_thread.run_sync(self._source.changed_bytes, since)
         self.progress.begin("pass", totals)
         await self._begin(epoch, "pass")
@@ -101,8 +110,9 @@ class Session:
         await say_last(self._link, m.Bye())
 
     async def _fill(self) -> None:
+        await self.held()
         self.on_phase("filling")
-        epoch = await self._source.close_epoch()
+        epoch = await self._close_epoch()
         disks = self._source.record.disks
         self.progress.begin(
             "fill",
@@ -115,13 +125,15 @@ class Session:
         await self._commit(epoch)
 
     async def _compare(self) -> None:
+        await self.held()
         self.on_phase("comparing")
-        epoch = await self._source.close_epoch()
+        epoch = await self._close_epoch()
         disks = self._source.record.disks
         self.progress.begin("compare", [d.size for d in disks])
         await self._begin(epoch, "compare")
         for disk, fd in enumerate(self._source.fds):
             for offset in range(0, disks[disk].size, m.HASH_LENGTH_MAX):
+                await self.held()
                 length = min(m.HASH_LENGTH_MAX, disks[disk].size - offset)
                 await self._link.send(m.HashRequest(disk, offset, length))
                 with trio.fail_after(_ANSWER_SECONDS_MAX):
@@ -132,6 +144,12 @@ class Session:
                 await self._send_ranges(disk, ranges, holes=True, count=False)
                 self.progress.advance(disk, length, trio.current_time())
         await self._commit(epoch)
+
+    async def _close_epoch(self) -> int:
+        before = time.time()
+        epoch = await self._source.close_epoch()
+        self._closing = epoch, before
+        return epoch
 
     async def _begin(self, epoch: int, kind: str) -> None:
         self._digest = TransferDigest()
@@ -145,6 +163,9 @@ class Session:
         if (answer.generation, answer.epoch) != (generation, epoch):
             raise m.RemoteProtocolError("peer committed another epoch")
         self.committed = epoch
+        if self._closing is not None and self._closing[0] == epoch:
+            self.closed_at = self._closing[1]
+        self.progress.finish()
 
     async def _send_ranges(
         self,
@@ -157,6 +178,7 @@ class Session:
         fd = self._source.fds[disk]
         for start, end in ranges:
             for offset, length, data in pieces(fd, start, end):
+                await self.held()
                 if data:
                     transfers = await trio.to_thread.run_sync(
                         read_transfers, fd, disk, offset, length
@@ -170,11 +192,11 @@ class Session:
 
     async def _send_transfer(self, transfer: m.Data | m.Zero, *, holes: bool) -> None:
         if isinstance(transfer, m.Zero):
-            self.zero_bytes += transfer.length
+            self._sent.zero_bytes += transfer.length
             if not holes:
                 # A new target is one hole.
                 return
         else:
-            self.data_bytes += len(transfer.data)
+            self._sent.data_bytes += len(transfer.data)
         self._digest.add(transfer)
         await self._link.send(transfer)

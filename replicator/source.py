@@ -8,6 +8,7 @@ import trio
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.errors import FuseDiskError
 from fusedisk.mounting import find_state
+from fusedisk.replicas import Lag, lag_since
 from fusedisk.state import locked, read_mount_record
 
 _QUIET_POLL_SECONDS = 0.001
@@ -53,15 +54,19 @@ class Source:
         Invariant: every write of the returned epoch is marked and in the image by then.
         """
         epoch = self.control.advance()
+        # Invariant: an epoch is the sender's only if it was closed in the counter of this mount; a
+        # later mount continues beyond it.
+        if not self.mounted:
+            raise FuseDiskError("the mount is gone; mount it again and start again")
         while not self.control.quiet(epoch):
             if not self.mounted:
                 raise FuseDiskError("the mount is gone; mount it again and start again")
             await trio.sleep(_QUIET_POLL_SECONDS)
         return epoch
 
-    def changed_chunks(self, since: int) -> int:
-        """Chunks of all disks written after epoch ``since``."""
-        return sum(changes.count(since) for changes in self.maps)
+    def lag(self, since: int) -> Lag:
+        """What was written to all disks after epoch ``since``."""
+        return lag_since(self.maps, since)
 
     def changed_bytes(self, since: int) -> list[int]:
         """For each disk, bytes written after ``since``, rounded up to chunks."""

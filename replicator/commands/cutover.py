@@ -10,13 +10,15 @@ import msgspec
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.mounting import find_state
+from fusedisk.replicas import read_record
 from replicator import control
 from replicator.cutover import CutoverOptions
+from replicator.settings import MAX_DOWNTIME_MS
 
 
 @click.command()
 @click.option("--name")
-@click.option("--max-downtime", default=1000, type=click.IntRange(1, 3600_000), metavar="MS")
+@click.option("--max-downtime", type=click.IntRange(1, 3600_000), metavar="MS")
 @click.option("--timeout", default=60.0, type=click.FloatRange(0.1, 86400), metavar="SECONDS")
 @click.option("--before", metavar="CMD", help="Pauses the guest; failing means rollback.")
 @click.option("--after", metavar="CMD", help="Runs once the replica is promoted.")
@@ -25,17 +27,22 @@ from replicator.cutover import CutoverOptions
 def command(
     mountpoint: Path,
     name: str | None,
-    max_downtime: int,
+    max_downtime: int | None,
     timeout: float,
     before: str | None,
     after: str | None,
     as_json: bool,
 ) -> None:
     """Move the disks to the target: all of it, or nothing."""
+    state = find_state(mountpoint)
+    name = control.choose(state, name)
+    if max_downtime is None:
+        noted = read_record(state, name)
+        max_downtime = (noted and noted.max_downtime_ms) or MAX_DOWNTIME_MS
     options = CutoverOptions(max_downtime / 1000, timeout, before)
     request = f"cutover {msgspec.json.encode(options).decode()}"
     wait = 2 * timeout + max_downtime / 1000 + 60
-    result = control.ask(find_state(mountpoint), name, request, wait)
+    result = control.ask(state, name, request, wait)
     error, code = result.pop("error", None), result.pop("exit_code", 0)
     if as_json:
         click.echo(json.dumps(result))

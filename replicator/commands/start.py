@@ -1,16 +1,20 @@
 """``replicator start``."""
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import trio
 
+from fusedisk.units import parse_rate
 from replicator import control
 from replicator.address import parse_address
+from replicator.detaching import detach as run_detached
 from replicator.following import Follower, lock_replica
 from replicator.options import sender_options
 from replicator.running import run_trio, until_signal
+from replicator.settings import SenderSettings, check_bandwidth
+from replicator.showing import show
 from replicator.source import Source
 from replicator.store import check_replica_name
 from replicator.transport.connecting import check_target
@@ -20,43 +24,53 @@ from replicator.transport.settings import Settings
 @click.command()
 @click.option("--name", help="The replica's name; default: the mountpoint's last component.")
 @click.option("--once", is_flag=True, help="End when nothing is left to send.")
+@click.option("--detach", is_flag=True, help="Go into the background; the log is in the state.")
 @click.option("--rpo", default=5.0, type=click.FloatRange(0.1, 86400), show_default=True)
+@click.option("--bandwidth", default="none", metavar="RATE", help="Bytes a second, e.g. 10MiB.")
 @sender_options
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.argument("address")
 def command(
-    mountpoint: Path, address: str, name: str | None, once: bool, rpo: float, settings: Settings
+    mountpoint: Path,
+    address: str,
+    name: str | None,
+    once: bool,
+    detach: bool,
+    rpo: float,
+    bandwidth: str,
+    settings: Settings,
 ) -> None:
     """Replicate all disks of a mount, in the foreground."""
     name = name or mountpoint.resolve().name
     check_replica_name(name)
     target = parse_address(address)
     check_target(target)
+    wanted = SenderSettings(rpo_seconds=rpo, once=once)
+    wanted.bandwidth = check_bandwidth(parse_rate(bandwidth))
     source = Source(mountpoint)
     lock_replica(source.state, name)
-    follower = Follower(source, name, target, settings, rpo_seconds=rpo, once=once)
 
+    def work(ready: Callable[[], None]) -> None:
+        _replicate(lambda: Follower(source, name, target, settings, wanted), source, name, ready)
+
+    if detach:
+        run_detached(work, source.state / "replicas" / f"{name}.log", leave=mountpoint)
+    else:
+        work(lambda: None)
+
+
+def _replicate(
+    make_follower: Callable[[], Follower], source: Source, name: str, ready: Callable[[], None]
+) -> None:
     async def run() -> None:
+        follower = make_follower()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(until_signal, nursery.cancel_scope)
-            nursery.start_soon(
-                control.serve, control.path(source.state, name), follower, nursery.cancel_scope
-            )
-            nursery.start_soon(_log_progress, follower)
+            socket = control.path(source.state, name)
+            await nursery.start(control.serve, socket, follower, nursery.cancel_scope)
+            ready()
+            nursery.start_soon(show, follower)
             await follower.run()
             nursery.cancel_scope.cancel()
 
     run_trio(run)
-
-
-async def _log_progress(follower: Follower) -> None:
-    log = logging.getLogger("replicator.progress")
-    while True:
-        await trio.sleep(2)
-        if follower.state in ("filling", "comparing"):
-            now = follower.progress.report()
-            log.info(
-                "%s: %.1f%% of %d MiB, %.0f MiB/s",
-                *(follower.state, now["percent"], (now["total"] or 0) / 2**20),
-                (now["rate"] or 0) / 2**20,
-            )

@@ -13,4 +13,4 @@ from replicator import control
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def command(mountpoint: Path, name: str | None) -> None:
     """End a sender; the next start goes on from the last committed epoch."""
-    control.ask(find_state(mountpoint), name, "stop")
+    control.command(find_state(mountpoint), name, "stop")

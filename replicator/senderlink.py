@@ -1,0 +1,121 @@
+"""The sender's end of a link: one task reads all the time, and what is written keeps to a rate.
+
+The conversation expects an answer only now and then, but the receiver may ask at any time whether
+somebody is there. So `listen` reads throughout: it answers a Ping itself and queues the rest for
+whoever waits in `receive`.
+"""
+
+from collections.abc import Callable
+
+import trio
+
+from fusedisk.errors import FuseDiskError
+from fusedisk.replicas import Sent
+from replicator.link import Link, LinkLost, raise_failed
+from replicator.messages import (
+    Bye,
+    Event,
+    Failed,
+    LocalProtocolError,
+    Ping,
+    Pong,
+    RemoteProtocolError,
+)
+from replicator.ratelimit import TokenBucket
+
+# One answer is outstanding at a time; a peer that says more than a few things has to wait.
+_QUEUED_EVENTS_MAX = 16
+_LAST_WORD_SECONDS_MAX = 1.0
+
+
+class Pace:
+    """A token bucket that tasks can wait for, and whose rate can change meanwhile."""
+
+    def __init__(self, rate: int | None) -> None:
+        self.bucket = TokenBucket(rate, trio.current_time)
+        self._changed = trio.Event()
+
+    def set_rate(self, rate: int | None) -> None:
+        """Change the rate, also for those who wait."""
+        self.bucket.set_rate(rate)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def ready(self) -> None:
+        """Wait until bytes may be sent."""
+        while seconds := self.bucket.delay():
+            with trio.move_on_after(seconds):
+                await self._changed.wait()
+
+
+class SenderLink(Link):
+    """A Link whose `listen` must run for as long as it is used."""
+
+    def __init__(self, stream: trio.abc.Stream, pace: Pace, sent: Sent) -> None:
+        super().__init__(stream, "sender")
+        self._pace, self._sent = pace, sent
+        self._queue, self._events = trio.open_memory_channel[Event](_QUEUED_EVENTS_MAX)
+        self._failure: Exception | None = None
+        self._last_word: Event | None = None
+        self._ended = trio.Event()
+        self.on_end: Callable[[], None] = lambda: None
+
+    async def listen(self) -> None:
+        """Read until the connection ends; why it did is raised by `send` and `receive`."""
+        try:
+            while self._last_word is None:
+                event = await super().receive()
+                if isinstance(event, Ping):
+                    await super().send(Pong(event.nonce))
+                    continue
+                if isinstance(event, Failed | Bye):
+                    self._last_word = event
+                await self._queue.send(event)
+        except (LinkLost, LocalProtocolError, RemoteProtocolError, FuseDiskError, OSError) as error:
+            self._failure = error
+        finally:
+            # Invariant: whoever learns of the end finds the reason.
+            self._queue.close()
+            self._ended.set()
+            self.on_end()
+
+    async def receive(self) -> Event:
+        """The next event but Pings. Raises LinkLost at the end, RemoteProtocolError."""
+        try:
+            return await self._events.receive()
+        except trio.EndOfChannel:
+            self.raise_ended()
+            raise LinkLost("the connection was lost") from None
+
+    async def send(self, event: Event) -> None:
+        """Raises why the conversation ended, where the peer said so: Refused or LinkLost."""
+        self.raise_ended()
+        try:
+            await super().send(event)
+        except (LinkLost, LocalProtocolError):
+            # The peer's reason may be waiting to be read.
+            with trio.move_on_after(_LAST_WORD_SECONDS_MAX):
+                await self._ended.wait()
+            self.raise_ended()
+            raise
+
+    def raise_ended(self) -> None:
+        """Raise why the conversation ended, if it did."""
+        if isinstance(self._last_word, Failed):
+            raise_failed(self._last_word)
+        if self._last_word is not None:
+            raise LinkLost("the receiver is shutting down")
+        if isinstance(self._failure, LocalProtocolError):
+            raise LinkLost("the connection was lost")
+        if self._failure is not None:
+            raise self._failure
+
+    async def _write(self, buffer: bytes | memoryview) -> None:
+        view = memoryview(buffer)
+        while view:
+            await self._pace.ready()
+            piece = view[: self._pace.bucket.slice_bytes]
+            await self._stream.send_all(piece)
+            self._pace.bucket.spend(len(piece))
+            self._sent.bytes += len(piece)
+            view = view[len(piece) :]

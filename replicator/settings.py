@@ -1,0 +1,46 @@
+"""What can be set on a sender while it runs."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from fusedisk.errors import UsageError
+from replicator.ratelimit import RATE_MIN
+
+MAX_DOWNTIME_MS = 1000
+"""The default bound on a cutover's downtime."""
+
+Rpo = Annotated[float, Meta(ge=0.1, le=86400)]
+Downtime = Annotated[int, Meta(ge=1, le=3600_000)]
+Bandwidth = Annotated[int, Meta(ge=RATE_MIN, le=1 << 61)]
+
+
+class SenderSettings(msgspec.Struct, forbid_unknown_fields=True):
+    """Seconds; bytes a second on the wire, None is no limit; milliseconds, None is the default."""
+
+    rpo_seconds: Rpo = 5.0
+    bandwidth: Bandwidth | None = None
+    max_downtime_ms: Downtime | None = None
+    once: bool = False
+
+
+class Changes(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A request to change settings; what is unset stays. A bandwidth of None lifts the limit."""
+
+    rpo_seconds: Rpo | msgspec.UnsetType = msgspec.UNSET
+    bandwidth: Bandwidth | msgspec.UnsetType | None = msgspec.UNSET
+    max_downtime_ms: Downtime | msgspec.UnsetType = msgspec.UNSET
+
+    def apply(self, settings: SenderSettings) -> None:
+        """Change what is set."""
+        for name in self.__struct_fields__:
+            if (value := getattr(self, name)) is not msgspec.UNSET:
+                setattr(settings, name, value)
+
+
+def check_bandwidth(rate: int | None) -> int | None:
+    """Raises UsageError for a rate at which nothing would get through."""
+    if rate is not None and rate < RATE_MIN:
+        raise UsageError(f"--bandwidth must be at least {RATE_MIN} bytes a second, or none")
+    return rate
