@@ -1,7 +1,8 @@
 """The receiving end: one session for each connection, one ordered worker for each session.
 
 The reader task only queues; the worker does everything in the order of the wire, so that an answer
-(Committed, Pong, Hashes) means that all before it has reached the images.
+(Committed, Pong, Hashes) means that all before it was done. A committed pass is applied to the
+images by a thread, while the worker receives the next one.
 """
 
 import logging
@@ -13,8 +14,10 @@ import trio
 from fusedisk.errors import FuseDiskError
 from replicator import messages as m
 from replicator.admission import Admission
+from replicator.journal import JournalDamaged
 from replicator.link import Link, LinkLost, say_last
-from replicator.replica import Replica, ReplicaDisk
+from replicator.manifest import ReplicaDisk
+from replicator.replica import Replica, TargetFull
 from replicator.running import first_error
 from replicator.store import Store
 from replicator.transfers import TransferDigest
@@ -61,6 +64,14 @@ class Receiver:
         except m.RemoteProtocolError as error:
             log.warning("session refused: %s", error)
             await say_last(link, m.Failed("protocol", str(error)[:1000]))
+            await link.drain()
+        except TargetFull as error:
+            log.error("session failed: %s", error)
+            await say_last(link, m.Failed("full", str(error)[:1000]))
+            await link.drain()
+        except JournalDamaged as error:
+            # Not a refusal: the sender connects again and repairs by comparing.
+            await say_last(link, m.Failed("damaged", str(error)[:1000]))
             await link.drain()
         except FuseDiskError as error:
             log.warning("session refused: %s", error)
@@ -138,7 +149,7 @@ class Receiver:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_read, link, queue)
-                    await _work(link, replica, events, hello.seed)
+                    await _work(link, replica, events, hello.seed, nursery)
                     nursery.cancel_scope.cancel()
             except* (LinkLost, FuseDiskError, m.RemoteProtocolError, OSError) as group:
                 raise first_error(group) from None
@@ -166,7 +177,11 @@ async def _read(link: Link, queue: trio.MemorySendChannel[m.Event]) -> None:
 
 
 async def _work(
-    link: Link, replica: Replica, events: trio.MemoryReceiveChannel[m.Event], seed: int
+    link: Link,
+    replica: Replica,
+    events: trio.MemoryReceiveChannel[m.Event],
+    seed: int,
+    nursery: trio.Nursery,
 ) -> None:
     digest = TransferDigest()
     async for event in events:
@@ -187,6 +202,8 @@ async def _work(
                     raise m.RemoteProtocolError("the pass is not the one that was sent")
                 await trio.to_thread.run_sync(replica.commit, event.generation, event.epoch)
                 await link.send(m.Committed(event.generation, event.epoch))
+                # Beside the next pass; commit, promote and hashes wait for it.
+                nursery.start_soon(trio.to_thread.run_sync, replica.apply)
             case m.Promote():
                 await trio.to_thread.run_sync(replica.promote, event.token, event.epoch)
                 await link.send(m.Promoted(event.token, event.epoch))
@@ -214,7 +231,7 @@ def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:
 def _store_data(replica: Replica, data: m.Data) -> None:
     # Invariant: nothing is written that is not what the sender read.
     data.verify()
-    replica.write(data.disk, data.offset, data.data)
+    replica.write(data.disk, data.offset, data.data, data.digest)
 
 
 def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:

@@ -1,308 +1,59 @@
-"""One replica on the target: its manifest, its disk images, and what may be done to them when."""
+"""One replica on the target: its disk images, and what may be done to them when.
+
+Until there is a first point a pass goes straight into the images. From then on it goes into a
+journal, which a commit makes the replica's next point; the images follow. docs/crash-model.md has
+the order of steps and what a crash at each leaves.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import shutil
-import stat
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
-import xxhash
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.extents import data_extents
+from replicator.images import HashSegment, create_replica, hash_segments, open_images
+from replicator.journal import SLOTS, JournalDamaged, JournalHeader, JournalWriter, remove_journals
+from replicator.manifest import (
+    MAX_ABORTED_TOKENS,
+    PRIVATE_DIRECTORY,
+    Manifest,
+    ReplicaDisk,
+    check_disks,
+    check_epoch,
+    check_power_of_two,
+    check_text,
+    clear_errors,
+    manifest_path,
+    new_manifest,
+    read_manifest,
+    write_manifest,
+)
+from replicator.recovery import (
+    applied,
+    apply_journal,
+    recover,
+    report_damage,
+    sync_images,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from replicator.store import Store
 
-PRIVATE_DIRECTORY = ".fusedisk"
-MANIFEST_VERSION = 1
-MAX_ABORTED_TOKENS = 16
-MAX_EPOCH = 2**32 - 1
-_MAX_DISK_SIZE = 2**63 - 1
-_MAX_MANIFEST_BYTES = 16 << 20
-_MIN_CHUNK, _MAX_CHUNK = 4096, 16 << 20
-_IO_BYTES = 1 << 20
-_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
-
-State = Literal["filling", "following", "promoted"]
 Status = Literal["new", "existing"]
-_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-_Epoch = Annotated[int, msgspec.Meta(ge=0, le=MAX_EPOCH)]
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-class ReplicaDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A disk of a replica: its name, and its size and its source's chunk size in bytes."""
-
-    name: str
-    size: int
-    chunk_size: int
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is durably known about a replica.
-
-    (generation, epoch) is the last point committed, or None twice if the history is unknown.
-    While `applying` is true the images are on the way from that point to a later one.
-    """
-
-    version: int
-    source_id: _Text
-    generation: _Text | None
-    epoch: _Epoch | None
-    state: State
-    applying: bool
-    token: _Text | None
-    aborted_tokens: Annotated[list[_Text], msgspec.Meta(max_length=MAX_ABORTED_TOKENS)]
-    disks: Annotated[list[ReplicaDisk], msgspec.Meta(min_length=1)]
-
-
-class HashSegment(NamedTuple):
-    """A range of a disk in bytes: all zeros (a hole), or one 16-byte digest for each block."""
-
-    offset: int
-    length: int
-    zero: bool
-    digests: bytes
-
-
-def check_disk_name(name: str) -> None:
-    """Check that `name` can be a disk's file name in a replica; FuseDiskError if it cannot."""
-    try:
-        length = len(name.encode())
-    except UnicodeEncodeError:
-        raise FuseDiskError(f"disk name {name!r} is not valid UTF-8; rename the disk") from None
-    if not 1 <= length <= 200:
-        raise FuseDiskError(f"disk name {name!r} has {length} bytes; use 1 to 200")
-    control = any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in name)
-    if control or "/" in name or name in (".", "..") or name.startswith(PRIVATE_DIRECTORY):
-        raise FuseDiskError(
-            f"disk name {name!r} is not usable; it may not be '.' or '..', start with "
-            f"{PRIVATE_DIRECTORY!r}, or contain '/' or control characters"
-        )
-
-
-def _check_disks(disks: Sequence[ReplicaDisk]) -> None:
-    if not disks:
-        raise FuseDiskError("a replica needs at least one disk; the source named none")
-    seen = set()
-    for disk in disks:
-        check_disk_name(disk.name)
-        if disk.name in seen:
-            raise FuseDiskError(f"disk {disk.name!r} is named twice; give each disk its own name")
-        seen.add(disk.name)
-        if not 0 < disk.size <= _MAX_DISK_SIZE:
-            raise FuseDiskError(
-                f"disk {disk.name!r} has a size of {disk.size} bytes; it must be 1 to 2^63 - 1"
-            )
-        _check_power_of_two(f"disk {disk.name!r}: chunk size", disk.chunk_size)
-
-
-def _check_power_of_two(what: str, value: int) -> None:
-    if not _MIN_CHUNK <= value <= _MAX_CHUNK or value & (value - 1):
-        raise FuseDiskError(f"{what} {value} must be a power of two from 4096 to {_MAX_CHUNK}")
-
-
-def _check_text(what: str, value: str) -> None:
-    if not 1 <= len(value) <= 256 or not value.isprintable():
-        raise FuseDiskError(f"{what} {value[:64]!r} must be 1 to 256 printable characters")
-
-
-def _check_epoch(epoch: int) -> None:
-    if not 0 <= epoch <= MAX_EPOCH:
-        raise FuseDiskError(f"epoch {epoch} must be 0 to {MAX_EPOCH}")
-
-
-@contextmanager
-def _clear_errors(what: str) -> Iterator[None]:
-    """Turn an OSError into a FuseDiskError of one line that begins with `what`."""
-    try:
-        yield
-    except OSError as error:
-        raise FuseDiskError(f"{what}: {error.strerror or error}") from error
-
-
-def manifest_path(directory: Path) -> Path:
-    """Return where the replica in `directory` keeps its manifest."""
-    return directory / PRIVATE_DIRECTORY / "manifest.json"
-
-
-def read_manifest(directory: Path) -> Manifest | None:
-    """Read and check the manifest of the replica in `directory`; None if there is none.
-
-    Raises FuseDiskError if it cannot be read, is damaged, or is of another version.
-    """
-    path = manifest_path(directory)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_MANIFEST_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise FuseDiskError(f"cannot read manifest {path}: {error.strerror}") from error
-    damaged = f"manifest {path} is damaged"
-    remedy = "restore it, or remove it to adopt the images with unknown history"
-    if len(raw) > _MAX_MANIFEST_BYTES:
-        raise FuseDiskError(f"{damaged} (larger than {_MAX_MANIFEST_BYTES} bytes); {remedy}")
-    try:
-        # The version comes first: another version's fields mean nothing to this one's checks.
-        version = msgspec.json.decode(raw, type=_VersionOnly).version
-        if version == MANIFEST_VERSION:
-            manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FuseDiskError(f"{damaged} ({error}); {remedy}") from error
-    if version != MANIFEST_VERSION:
-        raise FuseDiskError(
-            f"manifest {path} has version {version}, only {MANIFEST_VERSION} is known here; "
-            "use the release that wrote it"
-        )
-    try:
-        _check_disks(manifest.disks)
-    except FuseDiskError as error:
-        raise FuseDiskError(f"{damaged} ({error}); {remedy}") from error
-    contradiction = None
-    if (manifest.generation is None) != (manifest.epoch is None):
-        contradiction = "generation and epoch must be there together"
-    elif manifest.state != "filling" and manifest.epoch is None:
-        contradiction = f"state {manifest.state} without an epoch"
-    elif (manifest.state == "promoted") != (manifest.token is not None):
-        contradiction = "a token belongs to a promoted replica, and only to one"
-    elif manifest.state == "promoted" and manifest.applying:
-        contradiction = "promoted and applying at once"
-    if contradiction is not None:
-        raise FuseDiskError(f"{damaged} ({contradiction}); {remedy}")
-    return manifest
-
-
-class _VersionOnly(msgspec.Struct):
-    version: int
-
-
-def _fsync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Replace the manifest; it is durable when this returns, and the old or new one at any time."""
-    path = manifest_path(directory)
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        _write_all(fd, msgspec.json.format(msgspec.json.encode(manifest)) + b"\n", 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    temporary.replace(path)
-    _fsync_path(path.parent)
-
-
-def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view = view[done:]
-        offset += done
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
-_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_fallocate.restype = ctypes.c_int
-
-
-def _punch_hole(fd: int, offset: int, length: int) -> None:
-    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-    while _fallocate(fd, mode, offset, length) != 0:
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
-
-
-def _zero_range(fd: int, offset: int, length: int) -> None:
-    try:
-        _punch_hole(fd, offset, length)
-        return
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    zeros = memoryview(bytes(min(length, _IO_BYTES)))
-    end = offset + length
-    while offset < end:
-        step = min(end - offset, len(zeros))
-        _write_all(fd, zeros[:step], offset)
-        offset += step
-
-
-def _open_image(path: Path, size: int) -> int:
-    try:
-        # A symbolic link could lead writes out of the store; a FIFO could block the open.
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = os.open(path, flags)
-    except FileNotFoundError:
-        raise FuseDiskError(
-            f"image {path} is missing; put it back, or replicate under another name"
-        ) from None
-    except OSError as error:
-        raise FuseDiskError(f"cannot open image {path}: {error.strerror}") from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise FuseDiskError(f"image {path} is not a regular file; move it away")
-    if status.st_size != size:
-        os.close(fd)
-        raise FuseDiskError(
-            f"image {path} has {status.st_size} bytes but the disk has {size}; restore the image, "
-            "or replicate under another name"
-        )
-    return fd
-
-
-def _open_images(directory: Path, disks: Sequence[ReplicaDisk]) -> list[int]:
-    fds: list[int] = []
-    try:
-        for disk in disks:
-            fds.append(_open_image(directory / disk.name, disk.size))
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
-    return fds
-
-
-def _create(store: Store, directory: Path, manifest: Manifest) -> None:
-    """Make a whole replica under a private name and rename it: a crash leaves none or all of it."""
-    staging = store.path / f".new-{directory.name}"
-    try:
-        if staging.exists():
-            shutil.rmtree(staging)
-        (staging / PRIVATE_DIRECTORY).mkdir(parents=True)
-        for disk in manifest.disks:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(staging / disk.name, flags, 0o600)
-            try:
-                os.ftruncate(fd, disk.size)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        _write_manifest(staging, manifest)
-        _fsync_path(staging)
-        # Succeeds over an empty directory and over nothing, never over somebody's files.
-        staging.rename(directory)
-        _fsync_path(store.path)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise FuseDiskError(f"cannot create replica {directory}: {error.strerror}") from error
+class TargetFull(FuseDiskError):
+    """There is no room for a pass; the replica is as it was before it."""
 
 
 def _compare_with_manifest(
@@ -337,9 +88,14 @@ def _compare_with_manifest(
 class Replica:
     """An open replica. All methods may be called from any thread.
 
-    Reads and writes of images run side by side; a change of the manifest waits for those under way
-    and keeps new ones out, so that a commit covers exactly the writes that returned before it, and
-    no descriptor is closed (and its number reused) under a write.
+    Three locks, taken in this order:
+    - `_apply_mutex`: held while the journal is applied, so that whoever needs the images at the
+      committed point gets there by taking it; it also keeps the descriptors open meanwhile.
+    - sharing and excluding: writes and reads run side by side; a change of the manifest waits for
+      those under way and keeps new ones out, so that a commit covers exactly the writes that
+      returned before it, and no descriptor is closed (and its number reused) under a write.
+      An apply touches only the images and shares with nobody who does, so it is not counted.
+    - the journal writer's own.
 
     Every method raises FuseDiskError when it refuses, and when the filesystem reports an error.
     """
@@ -349,9 +105,12 @@ class Replica:
     ) -> None:
         """Use `Replica.open` or `Replica.load`; this takes over `fds` and the claimed name."""
         self._store = store
+        self._files = store.files
         self._directory = directory
         self._manifest = manifest
         self._fds = fds
+        self._receiving: JournalWriter | None = None
+        self._apply_mutex = threading.Lock()
         self._condition = threading.Condition()
         self._shared = 0
         self._exclusive = False
@@ -369,43 +128,36 @@ class Replica:
         is in use, promoted, damaged or of another source, or if disks, sizes or images differ.
         """
         directory = store.replica_path(name)
-        _check_text("source id", source_id)
-        _check_disks(disks)
-        fresh = Manifest(
-            version=MANIFEST_VERSION,
-            source_id=source_id,
-            generation=None,
-            epoch=None,
-            state="filling",
-            applying=False,
-            token=None,
-            aborted_tokens=[],
-            disks=list(disks),
-        )
+        check_text("source id", source_id)
+        check_disks(disks)
+        fresh = new_manifest(source_id, disks)
+        files = store.files
         with store.claiming(name):
             status: Status = "existing"
-            with _clear_errors(f"cannot open replica {directory}"):
+            with clear_errors(f"cannot open replica {directory}"):
                 is_new = not os.path.lexists(directory) or not any(directory.iterdir())
             if is_new:
-                _create(store, directory, fresh)
+                create_replica(files, directory, fresh)
                 status = "new"
             manifest = read_manifest(directory)
             if manifest is not None:
                 _compare_with_manifest(name, manifest, source_id, disks)
-            fds = _open_images(directory, disks)
+            fds = open_images(directory, disks)
             try:
-                with _clear_errors(f"cannot open replica {directory}"):
+                with clear_errors(f"cannot open replica {directory}"):
                     if manifest is None:
                         (directory / PRIVATE_DIRECTORY).mkdir(exist_ok=True)
-                        _write_manifest(directory, fresh)
-                        _fsync_path(directory)
+                        write_manifest(files, directory, fresh)
+                        files.sync_directory(directory)
                         manifest = fresh
-                    elif manifest.disks != list(disks):
+                    # A journal numbers the disks as the source did that sent it.
+                    by_name = {disk.name: fd for disk, fd in zip(disks, fds, strict=True)}
+                    before = [by_name[disk.name] for disk in manifest.disks]
+                    manifest = recover(files, directory, manifest, before)
+                    if manifest.disks != list(disks):
                         # Only order or chunk sizes differ, and neither says anything of the data.
                         manifest = msgspec.structs.replace(manifest, disks=list(disks))
-                        _write_manifest(directory, manifest)
-                    else:
-                        _settle_manifest(directory)
+                        write_manifest(files, directory, manifest)
                 return cls(store, directory, manifest, fds, status)
             except BaseException:
                 for fd in fds:
@@ -427,10 +179,10 @@ class Replica:
             # Promoted images belong to their guest, who may have resized or moved them; that must
             # not stand in the way of telling the source that the cutover took place.
             promoted = manifest.state == "promoted"
-            fds = [] if promoted else _open_images(directory, manifest.disks)
+            fds = [] if promoted else open_images(directory, manifest.disks)
             try:
-                with _clear_errors(f"cannot open replica {directory}"):
-                    _settle_manifest(directory)
+                with clear_errors(f"cannot open replica {directory}"):
+                    manifest = recover(store.files, directory, manifest, fds)
                 return cls(store, directory, manifest, fds, "existing")
             except BaseException:
                 for fd in fds:
@@ -447,30 +199,42 @@ class Replica:
         """What is durably recorded; an immutable snapshot."""
         return self._manifest
 
-    def write(self, disk: int, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data` at byte `offset` of disk number `disk`; durable with `commit`.
+    def write(
+        self, disk: int, offset: int, data: bytes | memoryview, digest: bytes | None = None
+    ) -> None:
+        """Take `data` for byte `offset` of disk number `disk`; durable with `commit`.
 
-        Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error.
+        `digest` is the xxh3-128 of `data` where the caller has checked it.
+        Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error;
+        TargetFull drops the pass.
         """
-        data = memoryview(data)
-        with self._sharing():
+        view = memoryview(data)
+        with self._dropping_if_full(), self._sharing():
             self._require_changeable()
-            fd = self._range(disk, offset, data.nbytes)
-            with _clear_errors(f"cannot write to image {self._image(disk)}"):
-                _write_all(fd, data, offset)
+            fd = self._range(disk, offset, view.nbytes)
+            with clear_errors(f"cannot write to image {self._image(disk)}"):
+                if self._receiving is None:
+                    self._files.write(fd, [view], offset)
+                elif view.nbytes:
+                    # Invariant: applying what was committed never ends for want of room.
+                    self._files.reserve(fd, offset, view.nbytes)
+                    self._receiving.data(disk, offset, view, digest)
 
     def zero(self, disk: int, offset: int, length: int) -> None:
-        """Make `length` bytes at byte `offset` of disk number `disk` read as zeros.
+        """Take it that `length` bytes at byte `offset` of disk number `disk` read as zeros.
 
         The room is given back where the filesystem can; what is a hole already is not touched.
-        Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error.
+        Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error;
+        TargetFull drops the pass.
         """
-        with self._sharing():
+        with self._dropping_if_full(), self._sharing():
             self._require_changeable()
             fd = self._range(disk, offset, length)
-            with _clear_errors(f"cannot zero a range of image {self._image(disk)}"):
-                for start, run in data_extents(fd, offset, offset + length):
-                    _zero_range(fd, start, run)
+            with clear_errors(f"cannot zero a range of image {self._image(disk)}"):
+                if self._receiving is None:
+                    self._files.zero(fd, offset, length)
+                else:
+                    self._receiving.zero(disk, offset, length)
 
     def hashes(
         self, disk: int, offset: int, length: int, seed: int, block: int = 65536
@@ -479,13 +243,14 @@ class Replica:
 
         The segments cover the range in order, without gaps, each beginning at a multiple of
         `block`. Only at the end of the disk may a length, and so the last block, fall short of it.
+        They show the last committed point, also while a pass is received, once there is one.
         Raises FuseDiskError outside the disk, for an unaligned range, if promoted, or on an I/O
         error.
         """
-        _check_power_of_two("hash block size", block)
+        check_power_of_two("hash block size", block)
         if not 0 <= seed < 2**64:
             raise FuseDiskError(f"hash seed {seed} must be 0 to 2^64 - 1")
-        with self._sharing():
+        with self._at_rest(), self._sharing():
             self._require_not_promoted()
             fd = self._range(disk, offset, length)
             end = offset + length
@@ -494,52 +259,109 @@ class Replica:
                     f"hash range of {length} bytes at {offset} must begin and end at a multiple "
                     f"of {block}, or end with the disk"
                 )
-            segments = []
-            position = offset
-            with _clear_errors(f"cannot read image {self._image(disk)}"):
-                for start, stop in _block_runs(fd, offset, end, block):
-                    if start > position:
-                        segments.append(HashSegment(position, start - position, True, b""))
-                    digests = _digests(fd, start, stop, seed, block)
-                    segments.append(HashSegment(start, stop - start, False, digests))
-                    position = stop
-            if end > position:
-                segments.append(HashSegment(position, end - position, True, b""))
-            return segments
+            with clear_errors(f"cannot read image {self._image(disk)}"):
+                return list(hash_segments(fd, offset, length, seed, block))
 
     def begin(self, epoch: int) -> None:
-        """Record durably that a pass towards `epoch` begins, before its first write.
+        """Begin a pass towards `epoch`; one that was cut off is dropped and may be begun again.
 
-        A pass that was cut off may be begun again. Raises FuseDiskError if the replica is promoted.
+        Before the first point, what the images are to go through is recorded durably. Raises
+        FuseDiskError if the replica is promoted.
         """
-        _check_epoch(epoch)
-        with self._excluding():
+        check_epoch(epoch)
+        with self._dropping_if_full(), self._excluding():
             self._require_not_promoted()
-            if not self._manifest.applying:
-                self._record(msgspec.structs.replace(self._manifest, applying=True))
+            self._drop_pass()
+            manifest = self._manifest
+            if manifest.state == "filling":
+                if not manifest.applying:
+                    self._record(msgspec.structs.replace(manifest, applying=True))
+                return
+            generation, last = manifest.committed
+            header = JournalHeader(uuid.uuid4().hex, manifest.source_id, generation, last, epoch)
+            # Invariant: the slot of a committed journal is not touched before it is applied.
+            (slot, *_) = (
+                s for s in SLOTS if manifest.journal is None or s != manifest.journal.slot
+            )
+            with clear_errors(f"cannot begin a journal for replica {self.name!r}"):
+                self._receiving = JournalWriter(self._files, self._directory, slot, header)
 
     def commit(self, generation: str, epoch: int) -> None:
-        """Make all writes durable, then record that the images are the state at this point.
+        """Make the pass durable and record it as the replica's point; call `apply` then.
 
-        Raises FuseDiskError if promoted, if the epoch goes back within its generation, or if the
-        filesystem reports an error; after the last, the replica has to be opened again.
+        Waits for the apply of the pass before it. Raises FuseDiskError outside a pass, if promoted,
+        if the epoch goes back within its generation, or if the filesystem reports an error; after
+        the last, the replica has to be opened again. TargetFull drops the pass.
         """
-        _check_text("generation", generation)
-        _check_epoch(epoch)
-        with self._excluding():
-            self._require_not_promoted()
+        check_text("generation", generation)
+        check_epoch(epoch)
+        with self._dropping_if_full(), self._at_rest(), self._excluding():
+            self._require_changeable()
             last = self._manifest
             if last.generation == generation and last.epoch is not None and epoch < last.epoch:
                 raise FuseDiskError(
                     f"replica {self.name!r} holds epoch {last.epoch} and cannot go back to "
                     f"{epoch}; compare the disks again"
                 )
-            self._sync_images()
+            if self._receiving is not None and self._receiving.records:
+                with clear_errors(f"cannot sync journal {self._receiving.path}"):
+                    ref = self._receiving.seal(generation, epoch)
+                # Invariant: from here on the journal may be named by a manifest, so only the next
+                # open may drop it.
+                self._receiving.close()
+                self._receiving = None
+                # Invariant: this record is the commit; nothing is acknowledged or applied before.
+                self._record(msgspec.structs.replace(last, applying=True, journal=ref))
+                return
+            self._drop_pass()
+            if last.state == "filling":
+                self._sync_images()
             self._record(
                 msgspec.structs.replace(
                     last, generation=generation, epoch=epoch, state="following", applying=False
                 )
             )
+
+    def apply(self) -> None:
+        """Bring the images to the committed point, durably; at once where they are there.
+
+        Another thread may receive the next pass meanwhile. Raises FuseDiskError on an I/O error;
+        the replica has then to be opened again, which applies it again.
+        """
+        with self._at_rest():
+            return
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Apply what is committed, and keep the images at that point."""
+        with self._apply_mutex:
+            with self._condition:
+                self._require_usable()
+                manifest = self._manifest
+            if manifest.journal is not None:
+                self._apply(manifest)
+            yield
+
+    def _apply(self, manifest: Manifest) -> None:
+        try:
+            apply_journal(self._files, self._directory, manifest, self._fds)
+        except JournalDamaged as damage:
+            report_damage(self._directory, damage)
+            with self._excluding():
+                self._record(unknown(self._manifest))
+                self._unusable = "lost a pass to a damaged journal; open it again and compare"
+            raise
+        except FuseDiskError:
+            with self._condition:
+                self._unusable = "failed to apply a pass; open it again"
+            raise
+        with self._excluding():
+            # Invariant: the images are durable at this point before the manifest says so, and
+            # the manifest before the journal goes.
+            self._record(applied(self._manifest))
+        assert manifest.journal is not None
+        with clear_errors(f"cannot remove the applied journal of replica {self.name!r}"):
+            remove_journals(self._files, self._directory, [manifest.journal.slot])
 
     def promote(self, token: str, epoch: int) -> None:
         """Make the replica authoritative at `epoch` for the cutover `token`; durable on return.
@@ -547,9 +369,9 @@ class Replica:
         Repeating it with the same token and epoch changes nothing. Raises FuseDiskError if the
         replica is not at rest at that epoch, the token was aborted, or it is promoted otherwise.
         """
-        _check_text("cutover token", token)
-        _check_epoch(epoch)
-        with self._excluding():
+        check_text("cutover token", token)
+        check_epoch(epoch)
+        with self._at_rest(), self._excluding():
             manifest = self._manifest
             what = f"replica {self.name!r} cannot be promoted"
             if manifest.state == "promoted" and manifest.token != token:
@@ -568,9 +390,9 @@ class Replica:
                 return
             if manifest.state != "following":
                 raise FuseDiskError(f"{what}: its first fill is not complete; let it finish")
-            if manifest.applying:
-                raise FuseDiskError(f"{what}: a pass is half applied; replicate until it commits")
-            # Promoted implies synced: nothing of ours flushes these images afterwards.
+            if self._receiving is not None:
+                raise FuseDiskError(f"{what}: a pass is half received; replicate until it commits")
+            # Promoted implies applied and synced: nothing of ours flushes these images afterwards.
             self._sync_images()
             self._record(msgspec.structs.replace(manifest, state="promoted", token=token))
 
@@ -579,7 +401,7 @@ class Replica:
 
         The last 16 aborted tokens are kept. Raises FuseDiskError if it was promoted with `token`.
         """
-        _check_text("cutover token", token)
+        check_text("cutover token", token)
         with self._excluding():
             manifest = self._manifest
             if manifest.token == token:
@@ -592,18 +414,22 @@ class Replica:
                 self._record(msgspec.structs.replace(manifest, aborted_tokens=kept))
 
     def close(self) -> None:
-        """Close the images after the calls under way; nothing is synced. Repeating it is fine."""
-        with self._alone():
+        """Close the images after the calls under way; nothing is synced, and a pass not committed
+        is dropped. Repeating it is fine."""
+        with self._apply_mutex, self._alone():
             if self._closed:
                 return
             self._closed = True
-            for fd in self._fds:
-                # Errors of a write show in fsync, which decides; a close adds nothing.
-                with suppress(OSError):
-                    os.close(fd)
-            self._fds = []
-            self._unusable = "is closed"
-            self._store.release(self.name)
+            try:
+                self._drop_pass()
+            finally:
+                for fd in self._fds:
+                    # Errors of a write show in fsync, which decides; a close adds nothing.
+                    with suppress(OSError):
+                        os.close(fd)
+                self._fds = []
+                self._unusable = "is closed"
+                self._store.release(self.name)
 
     def __enter__(self) -> Replica:
         """Return the replica itself."""
@@ -638,27 +464,40 @@ class Replica:
     def _require_changeable(self) -> None:
         self._require_not_promoted()
         # A manifest that names a point must not lie about the images, not even for one write.
-        if self._manifest.state == "following" and not self._manifest.applying:
+        if self._manifest.state == "following" and self._receiving is None:
             raise FuseDiskError(f"replica {self.name!r} is at rest; begin a pass before writing")
 
+    def _drop_pass(self) -> None:
+        if self._receiving is not None:
+            self._receiving.drop()
+            self._receiving = None
+
+    @contextmanager
+    def _dropping_if_full(self) -> Iterator[None]:
+        """Give the room of an unfinished pass back where the target is full."""
+        try:
+            yield
+        except FuseDiskError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in _FULL:
+                raise
+            with self._alone():
+                self._drop_pass()
+            raise TargetFull(
+                f"target full: no room for a pass of replica {self.name!r}; free some at the "
+                "target, the sender tries again"
+            ) from error
+
     def _sync_images(self) -> None:
-        for disk, fd in enumerate(self._fds):
-            try:
-                os.fsync(fd)
-            except OSError as error:
-                # The kernel reports a lost write once, and may then call the page clean: a second
-                # fsync would lie. Dropping the pages makes a later compare see what is on disk.
-                self._unusable = "failed to sync; open it again and repeat the pass"
-                for each in self._fds:
-                    with suppress(OSError):
-                        os.posix_fadvise(each, 0, 0, os.POSIX_FADV_DONTNEED)
-                raise FuseDiskError(
-                    f"cannot sync image {self._image(disk)}: {error.strerror}"
-                ) from error
+        try:
+            sync_images(self._files, self._directory, self._manifest, self._fds)
+        except FuseDiskError:
+            self._unusable = "failed to sync; open it again and repeat the pass"
+            raise
 
     def _record(self, manifest: Manifest) -> None:
         try:
-            _write_manifest(self._directory, manifest)
+            write_manifest(self._files, self._directory, manifest)
         except OSError as error:
             # Old or new may be on disk now; only reading it again can tell.
             self._unusable = "failed to record its state; open it again"
@@ -703,48 +542,3 @@ class Replica:
             with self._condition:
                 self._exclusive = False
                 self._condition.notify_all()
-
-
-def _settle_manifest(directory: Path) -> None:
-    """Make the manifest just read durable.
-
-    Its writer may have died between rename and sync, and answers are given from what was read.
-    """
-    path = manifest_path(directory)
-    _fsync_path(path)
-    _fsync_path(path.parent)
-
-
-def _block_runs(fd: int, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) runs of whole blocks that hold any data, merged where they touch."""
-    pending: tuple[int, int] | None = None
-    for offset, length in data_extents(fd, start, end):
-        first = offset // block * block
-        stop = min(-(-(offset + length) // block) * block, end)
-        if pending is not None and first <= pending[1]:
-            pending = (pending[0], stop)
-            continue
-        if pending is not None:
-            yield pending
-        pending = (first, stop)
-    if pending is not None:
-        yield pending
-
-
-def _digests(fd: int, start: int, stop: int, seed: int, block: int) -> bytes:
-    digests = bytearray()
-    for base in range(start, stop, max(block, _IO_BYTES)):
-        data = memoryview(_read_all(fd, min(max(block, _IO_BYTES), stop - base), base))
-        for at in range(0, len(data), block):
-            digests += xxhash.xxh3_128_digest(data[at : at + block], seed)
-    return bytes(digests)
-
-
-def _read_all(fd: int, length: int, offset: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    while len(data) < length:
-        more = os.pread(fd, length - len(data), offset + len(data))
-        if not more:
-            raise OSError(errno.EIO, "the image is shorter than the disk")
-        data += more
-    return data

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import allocated_bytes
-from replicator.replica import PRIVATE_DIRECTORY, State, read_manifest
+from replicator.files import Files
+from replicator.manifest import PRIVATE_DIRECTORY, State, read_manifest
 
 _REPLICA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -47,12 +48,13 @@ def check_replica_name(name: str) -> None:
 class Store:
     """A store directory, locked for this process until it is closed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Files | None = None) -> None:
         """Lock the store in the existing directory `path`.
 
         Raises FuseDiskError if it is not a usable directory or another receiver has it.
         """
         self.path = path
+        self.files = files or Files()
         self._claimed: set[str] = set()
         self._mutex = threading.Lock()
         _require_directory(path)
@@ -175,13 +177,14 @@ def _describe(directory: Path) -> ReplicaInfo | None:
         if measured != disk.size and manifest.state != "promoted":
             state = "damaged"
             problem = f"image {directory / disk.name} has {measured} bytes, not {disk.size}"
+    generation, epoch = manifest.committed
     return ReplicaInfo(
         name,
         state,
         size,
         allocated,
-        manifest.epoch,
-        manifest.generation,
+        epoch,
+        generation,
         manifest.applying,
         problem,
     )

@@ -9,8 +9,9 @@ import pytest
 import xxhash
 
 from fusedisk.errors import FuseDiskError
-from replicator import replica as replica_module
-from replicator.replica import Replica, ReplicaDisk, check_disk_name, read_manifest
+from replicator.files import Files
+from replicator.manifest import ReplicaDisk, check_disk_name, read_manifest
+from replicator.replica import Replica
 from replicator.store import Store, check_replica_name, list_replicas
 
 BLOCK = 65536
@@ -63,8 +64,8 @@ def test_life_of_a_replica_reopened_at_each_step(tmp_path: Path) -> None:
         with pytest.raises(FuseDiskError, match="begin a pass"):
             replica.zero(0, 0, 1)
         replica.begin(6)
-        assert read_manifest(tmp_path / "vm").applying
-        with pytest.raises(FuseDiskError, match="half applied"):
+        assert not read_manifest(tmp_path / "vm").applying
+        with pytest.raises(FuseDiskError, match="half received"):
             replica.promote("t", 5)
         with pytest.raises(FuseDiskError, match="cannot go back"):
             replica.commit("gen", 4)
@@ -171,20 +172,22 @@ def test_order_of_disks_follows_the_source(tmp_path: Path) -> None:
         {"disks": []},
         {"disks": [{"name": "../x", "size": 1, "chunk_size": 4096}]},
         {"aborted_tokens": ["t"] * 17},
-        {"version": 2},
+        {"version": 3},
+        {"journal": {"slot": 0, "id": "0" * 32, "generation": "g", "epoch": 6}},
+        {"applying": True},
     ],
 )
 def test_bad_manifest_is_refused_and_listed(tmp_path: Path, change: dict[str, object]) -> None:
     fill(tmp_path)
     path = tmp_path / "vm/.fusedisk/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(tmp_path, "has version 2" if "version" in change else "is damaged")
+    refused(tmp_path, "has version 3" if "version" in change else "is damaged")
     (info,) = list_replicas(tmp_path)
     assert info.state == "damaged"
     assert info.problem
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[]", b'{"version":1}', b"[" * 99999])
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[]", b'{"version":2}', b"[" * 99999])
 def test_garbage_manifest_is_refused_and_listed(tmp_path: Path, raw: bytes) -> None:
     fill(tmp_path)
     (tmp_path / "vm/.fusedisk/manifest.json").write_bytes(raw)
@@ -251,7 +254,7 @@ def test_zero_without_punching_writes_zeros(
     def unsupported(*_: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "no")
 
-    monkeypatch.setattr(replica_module, "_punch_hole", unsupported)
+    monkeypatch.setattr(Files, "punch", unsupported)
     with Store(tmp_path) as store, Replica.open(store, "vm", "src", DISKS) as replica:
         replica.write(0, 0, b"x" * SIZE)
         replica.zero(0, 1, SIZE - 2)

@@ -1,0 +1,110 @@
+"""Every operation by which a replica changes files, in one object that a test can stand in for.
+
+A simulated disk (tests/simulated_disk.py) takes its place to lose, tear and reorder whatever was
+not synced. Reading is not here: a crash does not change what a read returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusedisk.extents import data_extents
+
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
+_ZEROS = bytes(1 << 20)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_fallocate.restype = ctypes.c_int
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Files:
+    """The real operations. All raise OSError."""
+
+    def create(self, path: Path) -> int:
+        """Make a new empty file, open for reading and writing; nothing may be there already."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(path, flags, 0o600)
+
+    def mkdir(self, path: Path) -> None:
+        """Make a directory whose parent exists."""
+        path.mkdir()
+
+    def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        """Write all of the buffers one after the other at byte `offset`; return their length."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        start = offset
+        while views:
+            done = os.pwritev(fd, views, offset)
+            offset += done
+            while views and done >= len(views[0]):
+                done -= len(views.pop(0))
+            if done:
+                views[0] = views[0][done:]
+        return offset - start
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Make a hole of a range without changing the file's size."""
+        _retry_fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def reserve(self, fd: int, offset: int, length: int) -> None:
+        """Find room for a later write to a range, so that it cannot end in ENOSPC.
+
+        Where the filesystem cannot, nothing is promised.
+        """
+        try:
+            _retry_fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Set a file's size in bytes."""
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        """Make a file's content and size durable."""
+        os.fsync(fd)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make creations, renames and removals in a directory durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Move a file over `new`, or a directory over nothing or an empty directory."""
+        old.rename(new)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file's name."""
+        path.unlink()
+
+    def zero(self, fd: int, offset: int, length: int) -> None:
+        """Make a range read as zeros, as a hole where the filesystem can; holes are left alone."""
+        for start, run in data_extents(fd, offset, offset + length):
+            try:
+                self.punch(fd, start, run)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                for at in range(start, start + run, len(_ZEROS)):
+                    step = min(len(_ZEROS), start + run - at)
+                    self.write(fd, [memoryview(_ZEROS)[:step]], at)
+
+
+def _retry_fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    while _fallocate(fd, mode, offset, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))

@@ -1,0 +1,282 @@
+"""The redo journal: one pass of a replica, kept whole beside the images until it can be applied.
+
+`STORE/NAME/.fusedisk/journal/SLOT`, SLOT being 0 or 1: one committed and being applied, one being
+received. All numbers are little-endian.
+
+    header   magic "FDREDO1\\n", u32 version, u32 length of the body; the body (JSON: id, source id,
+             the point the pass starts from, the epoch it goes to); xxh3-128 of all that
+    record   u8 kind (1 data, 2 zero), u8 0, u16 disk, u32 0, u64 offset, u64 length, xxh3-128 of
+             the data (zeros for kind 2), xxh3-64 of the 40 bytes before, seeded with the id; data
+    trailer  a record of kind 3 whose offset is the number of records and whose data is JSON: the
+             point reached and the xxh3-128 over all record heads
+
+A journal is committed when the manifest names its id, which happens only after it was synced whole.
+So one that is not named may be torn anywhere and is dropped; one that is named and does not check
+was damaged afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+import xxhash
+
+from fusedisk.errors import FuseDiskError
+from replicator.files import Buffer, Files
+from replicator.manifest import PRIVATE_DIRECTORY, Epoch, JournalRef, ReplicaDisk, Text
+
+_MAGIC, _VERSION = b"FDREDO1\n", 1
+_HEADER = struct.Struct("<8sII")
+_HEAD = struct.Struct("<BBHIQQ16s")
+_HEAD_BYTES = _HEAD.size + 8
+_DATA, _ZERO, _TRAILER = 1, 2, 3
+_DATA_BYTES_MAX = 1 << 20
+_BODY_BYTES_MAX = 1 << 16
+_NO_DIGEST = bytes(16)
+SLOTS = (0, 1)
+
+
+class JournalDamaged(FuseDiskError):
+    """A committed journal is not what was written."""
+
+
+class JournalHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose pass a journal holds: from which point, towards which epoch."""
+
+    id: Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern="^[0-9a-f]*$")]
+    source_id: Text
+    base_generation: Text | None
+    base_epoch: Epoch | None
+    epoch: Epoch
+
+
+class _Trailer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    generation: Text
+    epoch: Epoch
+    heads: str
+
+
+class Record(NamedTuple):
+    """One change of a pass in bytes of a disk; without data it is zeros."""
+
+    disk: int
+    offset: int
+    length: int
+    data: bytes | None
+
+
+def journal_directory(directory: Path) -> Path:
+    """Return where the replica in `directory` keeps its journals."""
+    return directory / PRIVATE_DIRECTORY / "journal"
+
+
+def remove_journals(files: Files, directory: Path, slots: Sequence[int] = SLOTS) -> int:
+    """Remove whatever lies in the slots and return how many; none may be committed.
+
+    The removal need not be durable: a journal that comes back is still not named by a manifest.
+    """
+    removed = 0
+    for slot in slots:
+        with suppress(FileNotFoundError):
+            files.unlink(journal_directory(directory) / str(slot))
+            removed += 1
+    return removed
+
+
+class JournalWriter:
+    """A pass being received. Methods may be called from any thread."""
+
+    def __init__(self, files: Files, directory: Path, slot: int, header: JournalHeader) -> None:
+        """Start a journal in a slot that no manifest names. Raises OSError."""
+        self._files = files
+        self._header = header
+        self.slot = slot
+        self.path = journal_directory(directory) / str(slot)
+        if not self.path.parent.is_dir():
+            files.mkdir(self.path.parent)
+            files.sync_directory(self.path.parent.parent)
+        with suppress(FileNotFoundError):
+            files.unlink(self.path)
+        self._key = _key(header.id)
+        self._heads = xxhash.xxh3_128()
+        self._mutex = threading.Lock()
+        self.records = 0
+        self._fd = files.create(self.path)
+        try:
+            self._end = files.write(self._fd, [_encode_header(header)], 0)
+        except BaseException:
+            self.drop()
+            raise
+
+    def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
+        """Append data, with its xxh3-128 where that is known. Raises OSError."""
+        if digest is not None and data.nbytes <= _DATA_BYTES_MAX:
+            self._append(_DATA, disk, offset, data.nbytes, digest, data)
+            return
+        for at in range(0, data.nbytes, _DATA_BYTES_MAX):
+            part = data[at : at + _DATA_BYTES_MAX]
+            known = xxhash.xxh3_128_digest(part)
+            self._append(_DATA, disk, offset + at, part.nbytes, known, part)
+
+    def zero(self, disk: int, offset: int, length: int) -> None:
+        """Append a run of zeros. Raises OSError."""
+        if length:
+            self._append(_ZERO, disk, offset, length, _NO_DIGEST, b"")
+
+    def seal(self, generation: str, epoch: int) -> JournalRef:
+        """Make the journal whole and durable; what to name in the manifest. Raises OSError."""
+        trailer = _Trailer(generation, epoch, self._heads.hexdigest())
+        body = msgspec.json.encode(trailer)
+        digest = xxhash.xxh3_128_digest(body)
+        self._append(_TRAILER, 0, self.records, len(body), digest, body)
+        # Invariant: content and name are durable before a manifest names this journal.
+        self._files.sync(self._fd)
+        self._files.sync_directory(self.path.parent)
+        return JournalRef(self.slot, self._header.id, generation, epoch)
+
+    def close(self) -> None:
+        """Close the file and leave it as it is. Repeating it is fine."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1
+
+    def drop(self) -> None:
+        """Remove a journal that is not to be committed, to give its room back."""
+        self.close()
+        # One that cannot be removed now is removed when the replica is opened next.
+        with suppress(OSError):
+            self._files.unlink(self.path)
+
+    def _append(
+        self, kind: int, disk: int, offset: int, length: int, digest: bytes, data: Buffer
+    ) -> None:
+        head = _HEAD.pack(kind, 0, disk, 0, offset, length, digest)
+        head += xxhash.xxh3_64_digest(head, self._key)
+        with self._mutex:
+            self._end += self._files.write(self._fd, [head, data], self._end)
+            if kind != _TRAILER:
+                self._heads.update(head)
+                self.records += 1
+
+
+def read_journal(
+    directory: Path, ref: JournalRef, source_id: str, disks: Sequence[ReplicaDisk]
+) -> Iterator[Record]:
+    """Yield the records of a committed journal in order, each checked before it is yielded.
+
+    Raises JournalDamaged, which may come after good records.
+    """
+    path = journal_directory(directory) / str(ref.slot)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise JournalDamaged(f"journal {path} cannot be opened: {error.strerror}") from error
+    try:
+        yield from _read(path, fd, ref, source_id, disks)
+    finally:
+        os.close(fd)
+
+
+def _read(
+    path: Path, fd: int, ref: JournalRef, source_id: str, disks: Sequence[ReplicaDisk]
+) -> Iterator[Record]:
+    position = _check_header(path, fd, ref, source_id)
+    key = _key(ref.id)
+    heads = xxhash.xxh3_128()
+    count = 0
+    while True:
+        where = f"journal {path} is damaged at byte {position}"
+        head = _read_exactly(path, fd, _HEAD_BYTES, position)
+        if xxhash.xxh3_64_digest(head[: _HEAD.size], key) != head[_HEAD.size :]:
+            raise JournalDamaged(f"{where} (record {count} does not match its checksum)")
+        kind, _, disk, _, offset, length, digest = _HEAD.unpack_from(head)
+        position += _HEAD_BYTES
+        if kind == _TRAILER:
+            _check_trailer(path, fd, ref, position, length, digest, (offset, count), heads)
+            return
+        heads.update(head)
+        if kind not in (_DATA, _ZERO) or disk >= len(disks) or offset + length > disks[disk].size:
+            raise JournalDamaged(f"{where} (record {count} is outside the disks)")
+        data = None
+        if kind == _DATA:
+            if length > _DATA_BYTES_MAX:
+                raise JournalDamaged(f"{where} (record {count} is too large)")
+            data = _read_exactly(path, fd, length, position)
+            if xxhash.xxh3_128_digest(data) != digest:
+                raise JournalDamaged(f"{where} (data of record {count} is not what was written)")
+            position += length
+        yield Record(disk, offset, length, data)
+        count += 1
+
+
+def _check_header(path: Path, fd: int, ref: JournalRef, source_id: str) -> int:
+    """Check that this is the journal meant; return where its records begin."""
+    fixed = _read_exactly(path, fd, _HEADER.size, 0)
+    magic, version, length = _HEADER.unpack(fixed)
+    begin: int = _HEADER.size + length + 16
+    if magic != _MAGIC or version != _VERSION or length > _BODY_BYTES_MAX:
+        raise JournalDamaged(f"journal {path} is damaged (no header of version {_VERSION})")
+    body = _read_exactly(path, fd, length + 16, _HEADER.size)
+    if xxhash.xxh3_128_digest(fixed + body[:length]) != body[length:]:
+        raise JournalDamaged(f"journal {path} is damaged (header does not match its checksum)")
+    try:
+        header = msgspec.json.decode(body[:length], type=JournalHeader)
+    except msgspec.DecodeError as error:
+        raise JournalDamaged(f"journal {path} is damaged ({error})") from error
+    if header.id != ref.id or header.source_id != source_id:
+        raise JournalDamaged(f"journal {path} is not the one that was committed")
+    return begin
+
+
+def _check_trailer(
+    path: Path,
+    fd: int,
+    ref: JournalRef,
+    position: int,
+    length: int,
+    digest: bytes,
+    counts: tuple[int, int],
+    heads: xxhash.xxh3_128,
+) -> None:
+    body = _read_exactly(path, fd, min(length, _BODY_BYTES_MAX), position)
+    problem = None
+    if xxhash.xxh3_128_digest(body) != digest:
+        problem = "trailer does not match its checksum"
+    elif counts[0] != counts[1]:
+        problem = f"{counts[1]} records where there were {counts[0]}"
+    elif body != msgspec.json.encode(_Trailer(ref.generation, ref.epoch, heads.hexdigest())):
+        problem = "trailer is of another pass"
+    if problem is not None:
+        raise JournalDamaged(f"journal {path} is damaged ({problem})")
+
+
+def _encode_header(header: JournalHeader) -> bytes:
+    body = msgspec.json.encode(header)
+    content = _HEADER.pack(_MAGIC, _VERSION, len(body)) + body
+    return content + xxhash.xxh3_128_digest(content)
+
+
+def _key(journal_id: str) -> int:
+    """Return a seed, so that no record left over from another journal in the slot checks."""
+    return int(journal_id[16:], 16)
+
+
+def _read_exactly(path: Path, fd: int, length: int, offset: int) -> bytes:
+    data = b""
+    try:
+        while len(data) < length:
+            more = os.pread(fd, length - len(data), offset + len(data))
+            if not more:
+                raise JournalDamaged(f"journal {path} ends at byte {offset + len(data)}")
+            data += more
+    except OSError as error:
+        raise JournalDamaged(f"journal {path} cannot be read: {error.strerror}") from error
+    return data

@@ -1,0 +1,115 @@
+"""Applying a committed journal to the images: after a commit, and again from its start at open.
+
+Applying twice, or on top of half of itself, ends in the same images: a record says what a range
+holds afterwards, whatever it held before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from fusedisk.errors import FuseDiskError
+from replicator.files import Files
+from replicator.journal import JournalDamaged, read_journal, remove_journals
+from replicator.manifest import Manifest, settle_manifest, write_manifest
+
+log = logging.getLogger("replicator.store")
+
+
+def apply_journal(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int]) -> None:
+    """Bring the images to the point of the manifest's journal and sync them.
+
+    `fds` are in the order of the manifest's disks. Raises JournalDamaged with the images half
+    changed, or FuseDiskError if they cannot be written; then it can be done again.
+    """
+    assert manifest.journal is not None
+    for record in read_journal(directory, manifest.journal, manifest.source_id, manifest.disks):
+        image = directory / manifest.disks[record.disk].name
+        try:
+            if record.data is None:
+                files.zero(fds[record.disk], record.offset, record.length)
+            else:
+                files.write(fds[record.disk], [record.data], record.offset)
+        except OSError as error:
+            raise FuseDiskError(
+                f"cannot apply a pass to image {image}: {error.strerror}; it is kept in the "
+                "journal, and applied when the replica is opened after the cause is removed"
+            ) from error
+    sync_images(files, directory, manifest, fds)
+
+
+def sync_images(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int]) -> None:
+    """Make the images durable. Raises FuseDiskError; the replica has then to be opened again."""
+    for disk, fd in zip(manifest.disks, fds, strict=True):
+        try:
+            files.sync(fd)
+        except OSError as error:
+            # The kernel reports a lost write once, and may then call the page clean: a second
+            # fsync would lie. Dropping the pages makes a later compare see what is on disk.
+            for each in fds:
+                with suppress(OSError):
+                    os.posix_fadvise(each, 0, 0, os.POSIX_FADV_DONTNEED)
+            raise FuseDiskError(
+                f"cannot sync image {directory / disk.name}: {error.strerror}"
+            ) from error
+
+
+def applied(manifest: Manifest) -> Manifest:
+    """Return what to record once the images have reached the journal's point."""
+    assert manifest.journal is not None
+    return msgspec.structs.replace(
+        manifest,
+        generation=manifest.journal.generation,
+        epoch=manifest.journal.epoch,
+        applying=False,
+        journal=None,
+    )
+
+
+def unknown(manifest: Manifest) -> Manifest:
+    """Return what to record of images that are a mixture: nothing promotes them, all is compared.
+
+    A replica that is filling has no point, and a source compares one that it did not create.
+    """
+    return msgspec.structs.replace(
+        manifest, generation=None, epoch=None, state="filling", applying=True, journal=None
+    )
+
+
+def report_damage(directory: Path, damage: JournalDamaged) -> None:
+    """Say in the log what was found and what mends it."""
+    log.error(
+        "replica %s: %s; its images are a mixture now and cannot be promoted until the source, "
+        "which compares them by hash when it connects, has repaired them",
+        directory.name,
+        damage,
+    )
+
+
+def recover(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int]) -> Manifest:
+    """Finish what a crash interrupted, and return the manifest as it is then.
+
+    `fds` are in the order of the manifest's disks. Raises OSError or FuseDiskError, and can be
+    repeated.
+    """
+    # Invariant: what was read here is durable before a journal it does not name is removed.
+    settle_manifest(files, directory)
+    if manifest.journal is not None:
+        epoch = manifest.journal.epoch
+        try:
+            apply_journal(files, directory, manifest, fds)
+            manifest = applied(manifest)
+            log.info("replica %s: applied the journal of epoch %d", directory.name, epoch)
+        except JournalDamaged as damage:
+            report_damage(directory, damage)
+            manifest = unknown(manifest)
+        write_manifest(files, directory, manifest)
+    if remove_journals(files, directory):
+        log.info("replica %s: removed what was left in its journal", directory.name)
+    return manifest

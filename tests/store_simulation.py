@@ -1,0 +1,215 @@
+"""Crashes of a replica at every step of random passes, by a seed.
+
+Before each file operation of a run the power is cut: what may be left is laid out elsewhere, opened
+as a receiver does after a restart (which may be killed or lose power too), and has to be the point
+last acknowledged, or the one whose commit was under way, whole and over all disks. Then a pass of
+changes alone has to bring it to the next point: nothing is compared or filled again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from simulated_disk import Killed, SimulatedFiles, Tree
+
+from replicator.manifest import ReplicaDisk
+from replicator.replica import Replica
+from replicator.store import Store
+
+GENERATION = "generation"
+Range = tuple[int, int, int]
+
+
+class Wrong(AssertionError):
+    """A crash left what may not be; the text has the seed and the way there."""
+
+
+class Source:
+    """What the guest's disks hold, and which ranges changed since the last known point."""
+
+    def __init__(self, rng: random.Random, sizes: list[int]) -> None:
+        self._rng = rng
+        self.content = [bytearray(size) for size in sizes]
+        self.unsent: list[Range] = []
+        self.scribble()
+
+    def scribble(self) -> None:
+        """The guest writes data and zeros."""
+        for _ in range(self._rng.randint(1, 5)):
+            disk = self._rng.randrange(len(self.content))
+            start = self._rng.randrange(len(self.content[disk]))
+            end = min(len(self.content[disk]), start + self._rng.randint(1, 6000))
+            zero = self._rng.random() < 0.25
+            data = bytes(end - start) if zero else self._rng.randbytes(end - start)
+            self.content[disk][start:end] = data
+            self.unsent.append((disk, start, end))
+
+    def send(self, replica: Replica, ranges: list[Range]) -> None:
+        for disk, start, end in ranges:
+            data = bytes(self.content[disk][start:end])
+            if any(data):
+                replica.write(disk, start, data)
+            else:
+                replica.zero(disk, start, end - start)
+
+    def everything(self) -> list[Range]:
+        return [(disk, 0, len(content)) for disk, content in enumerate(self.content)]
+
+    def snapshot(self) -> list[bytes]:
+        return [bytes(content) for content in self.content]
+
+
+class Simulation:
+    """One run over `seed`; `samples` power losses before each operation."""
+
+    def __init__(self, scratch: Path, seed: int, samples: int = 1) -> None:
+        self._scratch, self.seed, self._samples = scratch, seed, samples
+        self._rng = random.Random(seed)
+        # Its own, so that looking at more crashes of a seed does not change the run.
+        self._chance = random.Random(seed + 1)
+        sizes = [self._rng.choice((4608, 9000, 12288)), self._rng.choice((512, 4096, 8192))]
+        self._disks = [ReplicaDisk(f"disk{n}", size, 4096) for n, size in enumerate(sizes)]
+        self._source = Source(self._rng, sizes)
+        self._points: dict[int, list[bytes]] = {}
+        self._acknowledged: int | None = None
+        self._under_way: int | None = None
+        self._epoch = 0
+        self._files = SimulatedFiles(scratch / "run", {})
+        self.crashes = 0
+
+    def run(self) -> None:
+        """Raises Wrong."""
+        self._files.before_each = self._crash
+        for _ in range(self._rng.randint(2, 3)):
+            killing = self._rng.random() < 0.5
+            self._files.kill_at = len(self._files.trace) + self._rng.randint(1, 50)
+            if not killing:
+                self._files.kill_at = None
+            try:
+                with self._opened(self._files) as replica:
+                    self._settle(replica)
+                    for _ in range(self._rng.randint(1, 3)):
+                        self._pass(replica)
+            except Killed:
+                continue
+        self._files.kill_at = None
+        with self._opened(self._files) as replica:
+            self._settle(replica)
+            self._check(replica, self._files)
+
+    @contextmanager
+    def _opened(self, files: SimulatedFiles) -> Iterator[Replica]:
+        with (
+            Store(files.root, files) as store,
+            Replica.open(store, "vm", "source", self._disks) as replica,
+        ):
+            yield replica
+
+    def _settle(self, replica: Replica) -> None:
+        """The sender learns from the handshake what the target holds."""
+        epoch = replica.manifest.epoch
+        if epoch is not None and epoch == self._under_way:
+            self._source.unsent = []
+        self._acknowledged, self._under_way = epoch, None
+
+    def _pass(self, replica: Replica) -> None:
+        self._source.scribble()
+        self._epoch += 1
+        full = replica.manifest.committed == (None, None)
+        replica.begin(self._epoch)
+        if not full and self._rng.random() < 0.2:
+            self._source.send(replica, self._source.unsent[:1])
+            replica.begin(self._epoch)
+        if self._rng.random() < 0.5:
+            replica.apply()
+        self._source.send(replica, self._source.everything() if full else self._source.unsent)
+        self._points[self._epoch] = self._source.snapshot()
+        replica_before_commit = self._rng.random() < 0.5
+        if replica_before_commit:
+            replica.apply()
+        self._under_way = self._epoch
+        replica.commit(GENERATION, self._epoch)
+        self._acknowledged, self._under_way = self._epoch, None
+        self._source.unsent = []
+        if self._rng.random() < 0.5:
+            replica.apply()
+
+    def _crash(self) -> None:
+        for _ in range(self._samples):
+            self.crashes += 1
+            trees = [self._files.crash(self._chance)]
+            try:
+                self._look_after(trees, may_crash=True)
+            except Exception as error:
+                raise self._wrong(str(error) or repr(error), trees) from error
+
+    def _look_after(self, trees: list[Tree], *, may_crash: bool) -> None:
+        files = SimulatedFiles(self._scratch / "after", trees[-1])
+        if may_crash and self._chance.random() < 0.5:
+            files.kill_at = self._chance.randint(0, 25)
+        state = self._acknowledged, self._under_way
+        try:
+            with self._opened(files) as replica:
+                self._check(replica, files)
+                if replica.manifest.epoch is not None:
+                    # Found at its open, so nothing may bring it back to what was before.
+                    self._acknowledged, self._under_way = replica.manifest.epoch, None
+                    self._go_on(replica, files)
+        except Killed:
+            self.crashes += 1
+            trees.append(files.crash(self._chance))
+            self._look_after(trees, may_crash=False)
+        finally:
+            self._acknowledged, self._under_way = state
+
+    def _check(self, replica: Replica, files: SimulatedFiles) -> None:
+        manifest = replica.manifest
+        if manifest.state == "filling":
+            assert self._acknowledged is None, f"epoch {self._acknowledged} was lost"
+            return
+        assert manifest.epoch in (self._acknowledged, self._under_way), (
+            f"holds epoch {manifest.epoch}, but {self._acknowledged} was acknowledged and "
+            f"{self._under_way} under way"
+        )
+        assert not manifest.applying
+        found = [(files.root / "vm" / disk.name).read_bytes() for disk in self._disks]
+        assert found == self._points[manifest.epoch], f"is not as it was at epoch {manifest.epoch}"
+
+    def _go_on(self, replica: Replica, files: SimulatedFiles) -> None:
+        base = self._points[replica.manifest.epoch or 0]
+        source = Source(self._chance, [len(content) for content in base])
+        source.content = [bytearray(content) for content in base]
+        source.unsent = []
+        source.scribble()
+        following = 1_000_000 + len(self._points)
+        self._points[following] = source.snapshot()
+        replica.begin(following)
+        source.send(replica, source.unsent)
+        self._under_way = following
+        replica.commit(GENERATION, following)
+        self._acknowledged, self._under_way = following, None
+        replica.apply()
+        self._check(replica, files)
+
+    def _wrong(self, problem: str, trees: list[Tree]) -> Wrong:
+        lines = [
+            f"seed {self.seed}: {problem}",
+            f"after {len(self._files.trace)} operations, the last of them:",
+            *(f"  {step}" for step in self._files.trace[-40:]),
+        ]
+        for tree in trees:
+            lines += ["the power loss left:", *_describe(tree, "  ")]
+        return Wrong("\n".join(lines))
+
+
+def _describe(tree: Tree, indent: str) -> Iterator[str]:
+    for name, node in tree.items():
+        if isinstance(node, bytes):
+            text = f": {node.decode(errors='replace')}" if name.startswith("manifest") else ""
+            yield f"{indent}{name} {len(node)} bytes{text}"
+        else:
+            yield f"{indent}{name}/"
+            yield from _describe(node, indent + "  ")

@@ -1,0 +1,268 @@
+"""The redo journal: what it holds, what damage of it does, and that a full target loses nothing."""
+
+import errno
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from fusedisk.errors import FuseDiskError
+from replicator.files import Buffer, Files
+from replicator.journal import JournalDamaged, JournalHeader, JournalWriter, read_journal
+from replicator.manifest import JournalRef, ReplicaDisk, read_manifest
+from replicator.replica import Replica, TargetFull
+from replicator.store import Store, list_replicas
+
+SIZE = 3 * 4096
+DISKS = [ReplicaDisk("a", SIZE, 4096), ReplicaDisk("b", 4096, 4096)]
+
+
+def opened(store: Store) -> Replica:
+    return Replica.open(store, "vm", "src", DISKS)
+
+
+def images(path: Path) -> list[bytes]:
+    return [(path / "vm" / disk.name).read_bytes() for disk in DISKS]
+
+
+def fill(replica: Replica) -> None:
+    replica.begin(1)
+    replica.write(0, 0, b"1" * SIZE)
+    replica.write(1, 0, b"1" * 4096)
+    replica.commit("gen", 1)
+
+
+def second(replica: Replica) -> None:
+    replica.begin(2)
+    replica.write(0, 10, b"2" * 5000)
+    replica.zero(1, 0, 4096)
+    replica.commit("gen", 2)
+
+
+BEFORE = [b"1" * SIZE, b"1" * 4096]
+AFTER = [b"1" * 10 + b"2" * 5000 + b"1" * (SIZE - 5010), bytes(4096)]
+
+
+def committed(path: Path) -> Path:
+    """A store whose second pass is committed and not applied; its journal."""
+    with Store(path) as store, opened(store) as replica:
+        fill(replica)
+        second(replica)
+        assert replica.manifest.committed == ("gen", 2)
+    assert images(path) == BEFORE
+    (journal,) = (path / "vm/.fusedisk/journal").iterdir()
+    return journal
+
+
+def test_committed_pass_is_applied_at_the_next_open(tmp_path: Path) -> None:
+    journal = committed(tmp_path)
+    (info,) = list_replicas(tmp_path)
+    assert (info.state, info.epoch, info.applying) == ("following", 2, True)
+    with Store(tmp_path) as store, opened(store) as replica:
+        assert (replica.manifest.epoch, replica.manifest.applying) == (2, False)
+        assert images(tmp_path) == AFTER
+    assert not journal.exists()
+
+
+def test_journal_of_disks_in_another_order_reaches_the_right_disks(tmp_path: Path) -> None:
+    committed(tmp_path)
+    with Store(tmp_path) as store, Replica.open(store, "vm", "src", DISKS[::-1]):
+        assert images(tmp_path) == AFTER
+
+
+def test_pass_that_was_cut_off_changes_nothing(tmp_path: Path) -> None:
+    with Store(tmp_path) as store, opened(store) as replica:
+        fill(replica)
+        replica.begin(2)
+        replica.write(0, 0, b"2" * SIZE)
+        before = [s.digests for s in replica.hashes(0, 0, SIZE, 0)]
+        replica.begin(2)
+        replica.zero(0, 0, SIZE)
+        assert [s.digests for s in replica.hashes(0, 0, SIZE, 0)] == before
+    assert images(tmp_path) == BEFORE
+    assert list((tmp_path / "vm/.fusedisk/journal").iterdir()) == []
+
+
+def test_promoted_implies_applied(tmp_path: Path) -> None:
+    committed(tmp_path)
+    with Store(tmp_path) as store, opened(store) as replica:
+        replica.begin(3)
+        replica.write(1, 0, b"3" * 4096)
+        replica.commit("gen", 3)
+        replica.promote("token", 3)
+        assert images(tmp_path) == [AFTER[0], b"3" * 4096]
+
+
+def assert_damage_is_named_and_repaired(path: Path, log: pytest.LogCaptureFixture) -> None:
+    log.clear()
+    with Store(path) as store, opened(store) as replica:
+        assert "journal" in log.text and "cannot be promoted" in log.text
+        manifest = replica.manifest
+        assert (manifest.state, manifest.epoch, manifest.applying) == ("filling", None, True)
+        with pytest.raises(FuseDiskError, match="holds epoch None"):
+            replica.promote("token", 2)
+        replica.begin(3)
+        for disk, content in enumerate(AFTER):
+            replica.write(disk, 0, content)
+        replica.commit("gen", 3)
+    assert (read_manifest(path / "vm").state, images(path)) == ("following", AFTER)  # type: ignore[union-attr]
+
+
+def test_any_damage_to_a_committed_journal_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = committed(tmp_path)
+    good = journal.read_bytes()
+    manifest = tmp_path / "vm/.fusedisk/manifest.json"
+    record = manifest.read_bytes()
+    ref = read_manifest(tmp_path / "vm").journal  # type: ignore[union-attr]
+    assert ref is not None
+
+    def damaged(content: bytes) -> bool:
+        journal.write_bytes(content)
+        try:
+            list(read_journal(tmp_path / "vm", ref, "src", DISKS))
+        except JournalDamaged as error:
+            assert str(journal) in str(error) and "\n" not in str(error)
+            return True
+        return False
+
+    assert not damaged(good)
+    near = {*range(300), *range(len(good) - 250, len(good)), *range(0, len(good), 97)}
+    for at in sorted(near):
+        assert damaged(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]), at
+        assert damaged(good[:at]), at
+
+    caplog.set_level(logging.ERROR)
+    for content in (good[:-1], good[:400] + b"\0" * 512 + good[912:], b"", b"x" * 99):
+        manifest.write_bytes(record)
+        journal.write_bytes(content)
+        assert_damage_is_named_and_repaired(tmp_path, caplog)
+    manifest.write_bytes(record)
+    journal.unlink(missing_ok=True)
+    assert_damage_is_named_and_repaired(tmp_path, caplog)
+
+
+def test_format(tmp_path: Path) -> None:
+    (tmp_path / ".fusedisk").mkdir()
+    header = JournalHeader("00112233445566778899aabbccddeeff", "src", "gen", 1, 2)
+    writer = JournalWriter(Files(), tmp_path, 1, header)
+    writer.data(1, 5, memoryview(b"data"), None)
+    writer.zero(0, 4096, 8192)
+    ref = writer.seal("gen", 2)
+    writer.close()
+    assert ref == JournalRef(1, header.id, "gen", 2)
+    content = (tmp_path / ".fusedisk/journal/1").read_bytes()
+    assert content[:16].hex() == "46445245444f310a010000006c000000"
+    first = content.index(b"data") - 48
+    assert content[first : first + 24].hex() == ("010001000000000005000000000000000400000000000000")
+    second = first + 52
+    assert content[second : second + 24].hex() == (
+        "020000000000000000100000000000000020000000000000"
+    )
+    # All of it, checksums too: a change here is a change of the version.
+    assert (
+        hashlib.sha256(content).hexdigest()
+        == "ecdafa5eda51ef1b408cdc0467e60ed3eb25f8115b46714772addd5f6e71b682"
+    )
+    assert list(read_journal(tmp_path, ref, "src", DISKS)) == [
+        (1, 5, 4, b"data"),
+        (0, 4096, 8192, None),
+    ]
+    with pytest.raises(JournalDamaged, match="not the one"):
+        list(read_journal(tmp_path, ref, "other source", DISKS))
+
+
+class Faulty(Files):
+    """Calls `fault` before each operation; it may raise, or wait."""
+
+    def __init__(self) -> None:
+        self.fault: Callable[[str], None] = lambda _: None
+
+    def create(self, path: Path) -> int:
+        self.fault("create")
+        return super().create(path)
+
+    def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        self.fault("write" if len(buffers) == 1 else "append")
+        return super().write(fd, buffers, offset)
+
+    def reserve(self, fd: int, offset: int, length: int) -> None:
+        self.fault("reserve")
+        super().reserve(fd, offset, length)
+
+    def sync(self, fd: int) -> None:
+        self.fault("sync")
+        super().sync(fd)
+
+
+@pytest.mark.parametrize("where", ["create", "append", "reserve"])
+def test_full_target_drops_the_pass_alone(tmp_path: Path, where: str) -> None:
+    files = Faulty()
+
+    def full(operation: str) -> None:
+        if operation == where:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Store(tmp_path, files) as store, opened(store) as replica:
+        fill(replica)
+        files.fault = full
+        with pytest.raises(TargetFull, match="target full"):
+            second(replica)
+        assert list((tmp_path / "vm/.fusedisk/journal").iterdir()) == []
+        files.fault = lambda _: None
+        assert replica.manifest.committed == ("gen", 1)
+        assert images(tmp_path) == BEFORE
+        second(replica)
+        replica.apply()
+    assert images(tmp_path) == AFTER
+
+
+def test_next_pass_is_received_while_one_is_applied(tmp_path: Path) -> None:
+    files = Faulty()
+    applying, received = threading.Event(), threading.Event()
+    with Store(tmp_path, files) as store, opened(store) as replica:
+        fill(replica)
+        second(replica)
+
+        def hold(operation: str) -> None:
+            if operation == "write" and threading.current_thread() is thread:
+                applying.set()
+                assert received.wait(20)
+
+        thread = threading.Thread(target=replica.apply)
+        files.fault = hold
+        thread.start()
+        assert applying.wait(20)
+        replica.begin(3)
+        replica.write(1, 0, b"3" * 4096)
+        received.set()
+        thread.join(20)
+        replica.commit("gen", 3)
+        replica.apply()
+    assert images(tmp_path) == [AFTER[0], b"3" * 4096]
+
+
+def test_apply_that_failed_is_done_again(tmp_path: Path) -> None:
+    files = Faulty()
+
+    def failing(operation: str) -> None:
+        if operation == "sync":
+            raise OSError(errno.EIO, "Input/output error")
+
+    with Store(tmp_path, files) as store:
+        with opened(store) as replica:
+            fill(replica)
+            second(replica)
+            files.fault = failing
+            with pytest.raises(FuseDiskError, match="cannot sync image"):
+                replica.apply()
+            with pytest.raises(FuseDiskError, match="open it again"):
+                replica.begin(3)
+        files.fault = lambda _: None
+        with opened(store) as replica:
+            assert replica.manifest.epoch == 2
+    assert images(tmp_path) == AFTER

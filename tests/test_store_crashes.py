@@ -1,0 +1,19 @@
+"""A sample of the crash simulation; `scripts/simulate-store --seeds N` runs more of it."""
+
+import tempfile
+from pathlib import Path
+
+from store_simulation import Simulation
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def test_crash_at_every_operation() -> None:
+    crashes = 0
+    where = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(dir=where) as scratch:
+        for seed in range(1, 25):
+            simulation = Simulation(Path(scratch), seed)
+            simulation.run()
+            crashes += simulation.crashes
+    assert crashes > 2000
