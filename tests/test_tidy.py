@@ -1,0 +1,71 @@
+"""The shape of the project: imports, lengths of files, and documents that must be true."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+from fusedisk.cli import cli as fusedisk_cli
+from replicator.cli import cli as replicator_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(p for d in ("fusedisk", "replicator", "tests") for p in (ROOT / d).rglob("*.py"))
+LINES_MAX = 450
+LONGER = {
+    "replicator/replica.py": "the store's one state machine, with its crash table",
+    "tests/test_mount.py": "one table of what a mount does",
+    "tests/test_mount_options.py": "one fixture for other users and one for every signal",
+}
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return {name.split(".")[0] for name in found}
+
+
+def test_fusedisk_never_imports_replicator() -> None:
+    users = [p.name for p in (ROOT / "fusedisk").rglob("*.py") if "replicator" in imported(p)]
+    assert users == []
+
+
+@pytest.mark.parametrize("name", ["wire", "messages", "frames"])
+def test_the_protocol_has_no_io(name: str) -> None:
+    assert not imported(ROOT / f"replicator/{name}.py") & {"trio", "socket", "os", "time", "io"}
+
+
+def test_files_are_short() -> None:
+    long = {str(p.relative_to(ROOT)) for p in FILES if len(p.read_text().splitlines()) > LINES_MAX}
+    assert long <= set(LONGER)
+
+
+def test_dependencies_are_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + [
+        line for extra in project["optional-dependencies"].values() for line in extra
+    ]
+    named = {re.split(r"[^\w-]", line)[0] for line in lines}
+    page = (ROOT / "docs/dependencies.md").read_text()
+    assert set(re.findall(r"^- ([\w-]+):", page, re.MULTILINE)) == named
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/design.md"])
+def test_links_resolve(page: str) -> None:
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    ("tool", "cli"), [("fusedisk", fusedisk_cli), ("replicator", replicator_cli)]
+)
+def test_every_command_is_documented(tool: str, cli: click.Group) -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs/guide.md").read_text()
+    assert [name for name in cli.commands if f"{tool} {name}" not in text] == []
