@@ -176,7 +176,9 @@ class Follower:
 
     async def _one_link(self) -> None:
         async with connected(self._address, self._transport) as stream:
-            await self._with_link(SenderLink(stream, self._pace, self.sent))
+            await self._with_link(
+                SenderLink(stream, self._pace, self.sent, self._settings.silence_seconds_max)
+            )
 
     async def _with_link(self, link: SenderLink) -> None:
         link.on_end = lambda: self._wake.set()

@@ -18,6 +18,9 @@ from replicator.wire import Connection, Role
 
 Expected = TypeVar("Expected", bound=Event)
 
+SILENCE_SECONDS_MAX = 60.0
+"""How long a peer may neither take nor send anything before it counts as gone."""
+
 
 class LinkLost(Exception):
     """The connection ended; what was not committed is sent again over the next one."""
@@ -30,9 +33,15 @@ class Link:
     A cancelled `receive` loses nothing over a socket or a pipe; over TLS the link is done as well.
     """
 
-    def __init__(self, stream: trio.abc.Stream, role: Role) -> None:
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        role: Role,
+        silence_seconds_max: float = SILENCE_SECONDS_MAX,
+    ) -> None:
         self._stream = stream
         self._receive_into = _receiver_into(stream)
+        self.silence_seconds_max = silence_seconds_max
         self._connection = Connection(role)
         # Invariant: buffers reach the stream in the order in which the protocol saw the events.
         self._sending = trio.Lock()
@@ -44,11 +53,18 @@ class Link:
             try:
                 for buffer in self._connection.send(event):
                     await self._write(buffer)
+            except trio.TooSlowError as error:
+                raise LinkLost("the peer takes no more data") from error
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise _lost(error) from error
 
     async def _write(self, buffer: bytes | memoryview) -> None:
-        await self._stream.send_all(buffer)
+        await self._put(buffer)
+
+    async def _put(self, buffer: bytes | memoryview) -> None:
+        # A peer whose network went away silently takes nothing and closes nothing.
+        with trio.fail_after(self.silence_seconds_max):
+            await self._stream.send_all(buffer)
 
     async def receive(self) -> Event:
         """The next event. Raises LinkLost at the end, RemoteProtocolError on a broken rule."""
@@ -59,11 +75,17 @@ class Link:
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise _lost(error) from error
             if count == 0:
-                self._connection.eof()
+                # Inside a frame or not: the network may cut anywhere, and no rule was broken.
                 raise LinkLost("the peer closed the connection")
             self.received_bytes += count
             if events := self._connection.received(count):
                 return events[0]
+
+    async def receive_soon(self) -> Event:
+        """The next event of a peer that has something to say. Raises as `receive` does."""
+        with trio.move_on_after(self.silence_seconds_max):
+            return await self.receive()
+        raise LinkLost(f"the peer has been silent for {self.silence_seconds_max:g} s")
 
     async def expect(self, kind: type[Expected]) -> Expected:
         """The next event other than a Pong, which must be a ``kind``.
@@ -71,7 +93,7 @@ class Link:
         Raises LinkLost, Refused or RemoteProtocolError.
         """
         while True:
-            event = await self.receive()
+            event = await self.receive_soon()
             if isinstance(event, Failed):
                 raise_failed(event)
             if isinstance(event, kind):

@@ -6,7 +6,8 @@ images by a thread, while the worker receives the next one.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 import trio
@@ -26,6 +27,8 @@ from replicator.transport.tls import NOT_TLS_ALERT
 log = logging.getLogger("replicator.receiver")
 
 _QUEUED_EVENTS_MAX = 16
+# Less than half of the shortest --link-timeout.
+_BEAT_SECONDS = 0.8
 
 Authenticate: TypeAlias = Callable[[], Awaitable[str | None]]
 """Finds out who the peer is: what to refuse it with, or None. Raises trio.BrokenResourceError."""
@@ -193,19 +196,23 @@ async def _work(
                 digest.add(event)
                 await trio.to_thread.run_sync(replica.zero, event.disk, event.offset, event.length)
             case m.HashRequest():
-                await link.send(await trio.to_thread.run_sync(_hash, replica, event, seed))
+                async with _saying_that_it_lives(link):
+                    hashes = await trio.to_thread.run_sync(_hash, replica, event, seed)
+                await link.send(hashes)
             case m.Begin():
                 digest = TransferDigest()
                 await trio.to_thread.run_sync(replica.begin, event.epoch)
             case m.Commit():
                 if (event.transfers, event.digest) != (digest.count, digest.value()):
                     raise m.RemoteProtocolError("the pass is not the one that was sent")
-                await trio.to_thread.run_sync(replica.commit, event.generation, event.epoch)
+                async with _saying_that_it_lives(link):
+                    await trio.to_thread.run_sync(replica.commit, event.generation, event.epoch)
                 await link.send(m.Committed(event.generation, event.epoch))
                 # Beside the next pass; commit, promote and hashes wait for it.
                 nursery.start_soon(trio.to_thread.run_sync, replica.apply)
             case m.Promote():
-                await trio.to_thread.run_sync(replica.promote, event.token, event.epoch)
+                async with _saying_that_it_lives(link):
+                    await trio.to_thread.run_sync(replica.promote, event.token, event.epoch)
                 await link.send(m.Promoted(event.token, event.epoch))
             case m.Abort():
                 await trio.to_thread.run_sync(replica.abort, event.token)
@@ -214,6 +221,23 @@ async def _work(
                 await link.send(m.Pong(event.nonce))
             case m.Bye() | m.Failed():
                 return
+
+
+@asynccontextmanager
+async def _saying_that_it_lives(link: Link) -> AsyncIterator[None]:
+    """Send a Pong now and then: a long sync must not look like a dead network."""
+
+    async def beat() -> None:
+        while True:
+            await trio.sleep(_BEAT_SECONDS)
+            # A beat that is cut short would leave half a frame behind.
+            with trio.CancelScope(shield=True):
+                await link.send(m.Pong(0))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(beat)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:

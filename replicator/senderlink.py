@@ -51,8 +51,10 @@ class Pace:
 class SenderLink(Link):
     """A Link whose `listen` must run for as long as it is used."""
 
-    def __init__(self, stream: trio.abc.Stream, pace: Pace, sent: Sent) -> None:
-        super().__init__(stream, "sender")
+    def __init__(
+        self, stream: trio.abc.Stream, pace: Pace, sent: Sent, silence_seconds_max: float
+    ) -> None:
+        super().__init__(stream, "sender", silence_seconds_max)
         self._pace, self._sent = pace, sent
         self._queue, self._events = trio.open_memory_channel[Event](_QUEUED_EVENTS_MAX)
         self._failure: Exception | None = None
@@ -115,7 +117,7 @@ class SenderLink(Link):
         while view:
             await self._pace.ready()
             piece = view[: self._pace.bucket.slice_bytes]
-            await self._stream.send_all(piece)
+            await self._put(piece)
             self._pace.bucket.spend(len(piece))
             self._sent.bytes += len(piece)
             view = view[len(piece) :]

@@ -6,12 +6,14 @@ import msgspec
 from msgspec import Meta
 
 from fusedisk.errors import UsageError
+from replicator.link import SILENCE_SECONDS_MAX
 from replicator.ratelimit import RATE_MIN
 
 MAX_DOWNTIME_MS = 1000
 """The default bound on a cutover's downtime."""
 
 Rpo = Annotated[float, Meta(ge=0.1, le=86400)]
+Silence = Annotated[float, Meta(ge=2, le=3600)]
 Downtime = Annotated[int, Meta(ge=1, le=3600_000)]
 Bandwidth = Annotated[int, Meta(ge=RATE_MIN, le=1 << 61)]
 
@@ -23,6 +25,7 @@ class SenderSettings(msgspec.Struct, forbid_unknown_fields=True):
     bandwidth: Bandwidth | None = None
     max_downtime_ms: Downtime | None = None
     once: bool = False
+    silence_seconds_max: Silence = SILENCE_SECONDS_MAX
 
 
 class Changes(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

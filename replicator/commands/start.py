@@ -11,6 +11,7 @@ from replicator import control
 from replicator.address import parse_address
 from replicator.detaching import detach as run_detached
 from replicator.following import Follower, lock_replica
+from replicator.link import SILENCE_SECONDS_MAX
 from replicator.options import sender_options
 from replicator.running import run_trio, until_signal
 from replicator.settings import SenderSettings, check_bandwidth
@@ -27,6 +28,14 @@ from replicator.transport.settings import Settings
 @click.option("--detach", is_flag=True, help="Go into the background; the log is in the state.")
 @click.option("--rpo", default=5.0, type=click.FloatRange(0.1, 86400), show_default=True)
 @click.option("--bandwidth", default="none", metavar="RATE", help="Bytes a second, e.g. 10MiB.")
+@click.option(
+    "--link-timeout",
+    default=SILENCE_SECONDS_MAX,
+    type=click.FloatRange(2, 3600),
+    show_default=True,
+    metavar="SECONDS",
+    help="A receiver that is silent for longer is gone; connect again.",
+)
 @sender_options
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.argument("address")
@@ -38,6 +47,7 @@ def command(
     detach: bool,
     rpo: float,
     bandwidth: str,
+    link_timeout: float,
     settings: Settings,
 ) -> None:
     """Replicate all disks of a mount, in the foreground."""
@@ -45,7 +55,7 @@ def command(
     check_replica_name(name)
     target = parse_address(address)
     check_target(target)
-    wanted = SenderSettings(rpo_seconds=rpo, once=once)
+    wanted = SenderSettings(rpo_seconds=rpo, once=once, silence_seconds_max=link_timeout)
     wanted.bandwidth = check_bandwidth(parse_rate(bandwidth))
     source = Source(mountpoint)
     lock_replica(source.state, name)
