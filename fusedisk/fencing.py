@@ -4,9 +4,12 @@
 ``fenced``      the replica is the disk now
 
 Either makes every mount of the image refuse writes. The record lies beside the image, so that
-another state directory cannot bypass it; for a device node it lies below /var/lib/fusedisk.
+another state directory cannot bypass it; for a device it lies below /var/lib/fusedisk, under a
+name that follows the device: /dev/sdb may be another disk after a reboot, and loop0 at any time.
 """
 
+import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -27,10 +30,35 @@ class FenceRecord(msgspec.Struct, forbid_unknown_fields=True):
     epoch: int
 
 
+# What the kernel knows a device by that outlives a reboot, below its directory in /sys.
+_IDENTITIES = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial")
+
+
+def _device_identity(system: Path, node: str) -> str:
+    """The same for the same device, whatever its node is called; else the node's name."""
+
+    def read(name: str) -> str:
+        try:
+            return (system / name).read_text().strip()
+        except OSError:
+            return ""
+
+    if part := read("partition"):
+        return f"{_device_identity(system.resolve().parent, node)} part {part}"
+    if backing := read("loop/backing_file"):
+        return f"loop {backing} {read('loop/offset')}"
+    found = [f"{name} {value}" for name in _IDENTITIES if (value := read(name))]
+    return found[0] if found else f"node {node}"
+
+
 def fence_path(image: Path) -> Path:
     """Where the record of an image lies."""
     if image.is_block_device():
-        return Path("/var/lib/fusedisk") / f"{image.name}.fusedisk-fence"
+        number = image.stat().st_rdev
+        system = Path("/sys/dev/block") / f"{os.major(number)}:{os.minor(number)}"
+        identity = _device_identity(system, image.name)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return Path("/var/lib/fusedisk") / f"{digest}.fusedisk-fence"
     return image.with_name(image.name + ".fusedisk-fence")
 
 

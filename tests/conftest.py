@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from fusedisk.fencing import clear_fence
+
 WAIT_SECONDS = 20.0
 
 
@@ -177,4 +179,5 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
 
     yield attach
     for device in attached:
+        clear_fence([Path(device)])
         subprocess.run(["losetup", "--detach", device], check=True)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -194,3 +194,20 @@ def test_an_abandoned_gate_with_a_begun_promotion_becomes_a_fence(tmp_path: Path
     assert control.fenced and not control.gated
     clear_fence([image])
     assert read_fence([image]) is None
+
+
+def test_the_fence_follows_a_device_and_not_its_node(
+    tmp_path: Path, loop_device: Callable[[Path], Path]
+):
+    for name in ("fenced", "other"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    device = loop_device(tmp_path / "fenced")
+    record_fence([device], FenceRecord("t", "fenced", "r", "unix:///s", 1))
+    assert read_fence([device]) is not None
+    # The node goes to another disk, and the disk to another node.
+    subprocess.run(["losetup", "--detach", device], check=True)
+    subprocess.run(["losetup", device, tmp_path / "other"], check=True)
+    assert read_fence([device]) is None
+    again = loop_device(tmp_path / "fenced")
+    assert again != device
+    assert read_fence([again]) is not None
