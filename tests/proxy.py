@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import trio
 
-from replicator.address import connect, parse_address
+from replicator.address import TcpAddress, UnixAddress, parse_address
 
 _PIECE_BYTES = 1 << 16
 # What waits in the network at most in one direction; more would hide from a sender how slow it is.
@@ -109,13 +109,21 @@ class Proxy:
             self._ready.set()
             await trio.serve_listeners(self._forward, [listener])
 
+    async def _connect(self) -> trio.SocketStream:
+        match self._target:
+            case UnixAddress(path):
+                return await trio.open_unix_socket(path)
+            case TcpAddress(host, port):
+                return await trio.open_tcp_stream(host, port)
+        raise ValueError(f"{self._target} is neither tcp nor unix")
+
     async def _forward(self, client: trio.SocketStream) -> None:
         async with contextlib.AsyncExitStack() as streams:
             streams.push_async_callback(trio.aclose_forcefully, client)
             if self._refusing:
                 return
             try:
-                server = await connect(self._target)
+                server = await self._connect()
             except OSError:
                 return
             streams.push_async_callback(trio.aclose_forcefully, server)
