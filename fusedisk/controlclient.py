@@ -18,7 +18,9 @@ def short_path(folder: int, name: str) -> str:
     return f"/proc/self/fd/{folder}/{name}"
 
 
-def ask_sender(state: Path, name: str, request: str, seconds: float) -> dict[str, Any] | None:
+def ask_sender(
+    state: Path, name: str, request: str, seconds: float | None
+) -> dict[str, Any] | None:
     """The answer of a replica's sender; None where none runs, as after a SIGKILL.
 
     A sender that does not answer in time gives ``{"error": SILENT, "sender": {"pid"}}``.

@@ -6,6 +6,7 @@ It is for its owner only (mode 0600). The client's side is `fusedisk.controlclie
 import json
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from fusedisk.replicas import replica_names
 from replicator.cutover import CutoverOptions, OutcomeUnknown
 from replicator.following import Follower
 from replicator.settings import Changes
+from replicator.verify import VerifyOptions
 
 _ANSWER_SECONDS_MAX = 10.0
 
@@ -49,7 +51,10 @@ async def serve(
                 try:
                     with trio.fail_after(_ANSWER_SECONDS_MAX):
                         word, rest = await _read_request(stream)
-                    reply = await _reply(follower, word, rest)
+                    if word == "verify":
+                        reply = await _verify(follower, rest, stream)
+                    else:
+                        reply = await _reply(follower, word, rest)
                     with trio.fail_after(_ANSWER_SECONDS_MAX):
                         await stream.send_all(json.dumps(reply).encode() + b"\n")
                 except (trio.BrokenResourceError, trio.TooSlowError):
@@ -103,6 +108,25 @@ async def _cutover(follower: Follower, rest: bytes) -> dict[str, Any]:
         return {"outcome": outcome, **_failure(error)}
 
 
+async def _verify(follower: Follower, rest: bytes, stream: trio.SocketStream) -> dict[str, Any]:
+    """Compare, which may take hours, for as long as the one who asked is there."""
+    reply: dict[str, Any] = {}
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            with suppress(trio.BrokenResourceError):
+                await stream.receive_some(1)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        try:
+            reply = (await follower.verify(_decode(rest, VerifyOptions))).report()
+        except FuseDiskError as error:
+            reply = _failure(error)
+        nursery.cancel_scope.cancel()
+    return reply
+
+
 # What a sender can be asked. "stop" is answered like status; then the sender ends.
 _REQUESTS: dict[str, Callable[[Follower, bytes], Awaitable[dict[str, Any]]]] = {
     "cutover": _cutover,
@@ -147,10 +171,11 @@ def choose(state: Path, name: str | None) -> str:
 
 
 def ask(
-    state: Path, name: str | None, request: str, seconds: float = _ANSWER_SECONDS_MAX
+    state: Path, name: str | None, request: str, seconds: float | None = _ANSWER_SECONDS_MAX
 ) -> dict[str, Any]:
     """Send a request to the sender of a replica, the only one where no name is given.
 
+    ``seconds`` bounds the wait for the answer; None waits for as long as the sender lives.
     Raises UsageError where the name is missing or wrong, FuseDiskError where no sender runs or it
     does not answer. What the request itself came to is in the answer.
     """

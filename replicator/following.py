@@ -29,6 +29,7 @@ from replicator.settings import Changes, SenderSettings
 from replicator.source import Source
 from replicator.transport.connecting import connected
 from replicator.transport.settings import Settings
+from replicator.verify import Findings, Verification, VerifyOptions
 
 log = logging.getLogger("replicator.sender")
 
@@ -82,6 +83,7 @@ class Follower:
         self._reached = self._committed_here = self._unmounted = False
         self._wake = trio.Event()
         self._cutover: tuple[CutoverOptions, trio.MemorySendChannel[Outcome]] | None = None
+        self._verification: Verification | None = None
         self._noting = trio.Event()
         self.progress = Progress()
         self.sent = Sent()
@@ -155,6 +157,8 @@ class Follower:
                 if isinstance(error, FuseDiskError):
                     raise
                 self.error = str(error) or "the receiver does not answer"
+            if self._verification is not None:
+                self._verification.fail(FuseDiskError(f"{self.error}; verify again"))
             await self._wait_to_retry()
 
     async def _wait_to_retry(self) -> None:
@@ -230,13 +234,20 @@ class Follower:
                 await session.next_pass()
                 self._note_commit(session)
                 if not self._settings.once:
-                    await self._rest(self._settings.rpo_seconds / 2)
+                    await self._rest_verifying(session, self._settings.rpo_seconds / 2)
             elif self._settings.once:
                 return
             else:
                 await session.ping()
-                await self._rest(min(self._settings.rpo_seconds / 2, _KEEPALIVE_SECONDS))
+                rest = min(self._settings.rpo_seconds / 2, _KEEPALIVE_SECONDS)
+                await self._rest_verifying(session, rest)
         self._unmounted = True
+
+    async def _rest_verifying(self, session: Session, seconds: float) -> None:
+        until = trio.current_time() + seconds
+        if self._verification is not None:
+            await self._verification.work(session, until, self._wake)
+        await self._rest(max(0.0, until - trio.current_time()))
 
     async def _rest(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
@@ -267,6 +278,25 @@ class Follower:
         self._pace.set_rate(self._settings.bandwidth)
         self._wake.set()
         self._noting.set()
+
+    async def verify(self, options: VerifyOptions) -> Findings:
+        """Compare the replica by hash between passes, as soon as it follows.
+
+        Raises FuseDiskError where that cannot be, or the link is lost.
+        """
+        if self._verification is not None:
+            raise FuseDiskError("another verify of this replica is under way; let it finish")
+        if self.paused:
+            raise FuseDiskError("the replica is paused; resume it first")
+        if self.state in ("waiting", "cutover", "promoted", "failed"):
+            reason = f" ({self.error})" if self.error else ""
+            raise FuseDiskError(f"the replica is {self.state}{reason}; verify while it follows")
+        self._verification = Verification(self._source, options)
+        self._wake.set()
+        try:
+            return await self._verification.result()
+        finally:
+            self._verification = None
 
     async def cut_over(self, options: CutoverOptions) -> dict[str, Any]:
         """Cut over as soon as the replica follows; see replicator.cutover.cut_over for errors."""
@@ -372,12 +402,15 @@ class Follower:
         error = self.error
         if error and self._retry_at is not None:
             error = f"{error}; trying again in {max(0.0, self._retry_at - now):.0f} s"
+        progress = self.progress
+        if self._verification is not None and self.state == "following":
+            progress = self._verification.progress
         return {
             "name": self._name,
             "address": str(self._address),
             "state": self.state,
-            "progress": self.progress.report(now),
-            "disks": self.progress.disks([disk.name for disk in self._source.record.disks]),
+            "progress": {"phase": progress.phase, **progress.report(now)},
+            "disks": progress.disks([disk.name for disk in self._source.record.disks]),
             "lag": {
                 "bytes": lag.bytes,
                 "chunks": lag.chunks,

@@ -108,12 +108,13 @@ class Open(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """What the receiver has under that name."""
+    """What the receiver has under that name. ``applying``: its images are between two points."""
 
     state: Literal["new", "existing", "filling", "following", "promoted"]
     generation: Ident | None
     epoch: Count | None
     token: Ident | None
+    applying: bool = False
 
 
 class Begin(Message, frozen=True):

@@ -17,7 +17,7 @@ from replicator import messages as m
 from replicator.admission import Admission
 from replicator.journal import JournalDamaged
 from replicator.link import Link, LinkLost, say_last
-from replicator.manifest import ReplicaDisk
+from replicator.manifest import ReplicaDisk, read_manifest
 from replicator.replica import Replica, TargetFull
 from replicator.running import first_error
 from replicator.store import Store
@@ -139,14 +139,19 @@ class Receiver:
         return active
 
     async def _run(self, link: Link, hello: m.Hello, opening: m.Open) -> None:
-        disks = [ReplicaDisk(d.name, d.size, d.chunk_size) for d in opening.disks]
-        replica = await trio.to_thread.run_sync(
-            Replica.open, self._store, opening.name, opening.source_id, disks
-        )
+        replica = await trio.to_thread.run_sync(_open, self._store, hello, opening)
         try:
             manifest = replica.manifest
             state = "new" if replica.status == "new" else manifest.state
-            await link.send(m.Opened(state, manifest.generation, manifest.epoch, manifest.token))
+            await link.send(
+                m.Opened(
+                    state,
+                    manifest.generation,
+                    manifest.epoch,
+                    manifest.token,
+                    manifest.applying,
+                )
+            )
             log.info("replica %s: %s at epoch %s", opening.name, state, manifest.epoch)
             queue, events = trio.open_memory_channel[m.Event](_QUEUED_EVENTS_MAX)
             try:
@@ -238,6 +243,13 @@ async def _saying_that_it_lives(link: Link) -> AsyncIterator[None]:
         nursery.start_soon(beat)
         yield
         nursery.cancel_scope.cancel()
+
+
+def _open(store: Store, hello: m.Hello, opening: m.Open) -> Replica:
+    if hello.purpose == "verify" and read_manifest(store.replica_path(opening.name)) is None:
+        raise FuseDiskError(f"there is no replica {opening.name} in the store; start it first")
+    disks = [ReplicaDisk(d.name, d.size, d.chunk_size) for d in opening.disks]
+    return Replica.open(store, opening.name, opening.source_id, disks)
 
 
 def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Literal
 
 import trio
 
@@ -27,7 +28,7 @@ class Session:
         self._source, self._link = source, link
         self._name, self._instance = name, instance
         self._sent = sent
-        self._seed = secrets.randbits(63)
+        self.seed = secrets.randbits(63)
         self._digest = TransferDigest()
         self.progress = progress
         self.committed: int | None = None
@@ -39,11 +40,13 @@ class Session:
         self.held: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         """Awaited before each piece of work; returns at once unless replication is paused."""
 
-    async def open(self) -> m.Opened:
-        """Shake hands. Raises Refused, LinkLost or RemoteProtocolError."""
+    async def open(self, purpose: Literal["replicate", "verify"] = "replicate") -> m.Opened:
+        """Shake hands; to verify, nothing is created. Raises Refused, LinkLost, TooSlowError or
+        RemoteProtocolError.
+        """
         record = self._source.record
         with trio.fail_after(_ANSWER_SECONDS_MAX):
-            await self._link.send(m.Hello([1], "replicate", self._seed))
+            await self._link.send(m.Hello([1], purpose, self.seed))
             await self._link.expect(m.Welcome)
             disks = [m.DiskInfo(d.name, d.size, d.chunk_size) for d in record.disks]
             await self._link.send(
@@ -105,6 +108,18 @@ class Session:
                 if isinstance(event, m.Failed | m.Bye):
                     raise trio.TooSlowError("the receiver ended the session")
 
+    async def hashes(self, disk: int, offset: int, length: int) -> list[m.Segment]:
+        """What the target holds in a range, after all that was sent before.
+
+        Raises Refused, LinkLost, TooSlowError or RemoteProtocolError.
+        """
+        await self._link.send(m.HashRequest(disk, offset, length))
+        with trio.fail_after(_ANSWER_SECONDS_MAX):
+            answer = await self._link.expect(m.Hashes)
+        if (answer.disk, answer.offset, answer.length) != (disk, offset, length):
+            raise m.RemoteProtocolError("peer hashed another range")
+        return answer.segments
+
     async def goodbye(self) -> None:
         """End the session in order."""
         await say_last(self._link, m.Bye())
@@ -135,12 +150,8 @@ class Session:
             for offset in range(0, disks[disk].size, m.HASH_LENGTH_MAX):
                 await self.held()
                 length = min(m.HASH_LENGTH_MAX, disks[disk].size - offset)
-                await self._link.send(m.HashRequest(disk, offset, length))
-                with trio.fail_after(_ANSWER_SECONDS_MAX):
-                    answer = await self._link.expect(m.Hashes)
-                if (answer.disk, answer.offset, answer.length) != (disk, offset, length):
-                    raise m.RemoteProtocolError("peer hashed another range")
-                ranges = await trio.to_thread.run_sync(differing, fd, answer.segments, self._seed)
+                segments = await self.hashes(disk, offset, length)
+                ranges = await trio.to_thread.run_sync(differing, fd, segments, self.seed)
                 await self._send_ranges(disk, ranges, holes=True, count=False)
                 self.progress.advance(disk, length, trio.current_time())
         await self._commit(epoch)

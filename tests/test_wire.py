@@ -65,6 +65,7 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
         st.none() | ident,
         st.none() | count,
         st.none() | ident,
+        st.booleans(),
     ),
     m.Begin: st.builds(m.Begin, count, st.sampled_from(["fill", "compare", "pass"])),
     Data: st.builds(Data.of, disk, offset, st.binary(min_size=1, max_size=300)),
