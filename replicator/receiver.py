@@ -8,7 +8,7 @@ images by a thread, while the worker receives the next one.
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar, TypeVarTuple
 
 import trio
 
@@ -20,16 +20,21 @@ from replicator.link import Link, LinkLost, say_last
 from replicator.manifest import ReplicaDisk, read_manifest
 from replicator.replica import Replica, TargetFull
 from replicator.running import first_error
-from replicator.store import Store
+from replicator.store import ReplicaBusy, Store, check_replica_name
 from replicator.transfers import TransferDigest
 from replicator.transport.tls import NOT_TLS_ALERT
+from replicator.turns import Turn, ask_for_turn, read_turn
 
 log = logging.getLogger("replicator.receiver")
 
 _QUEUED_EVENTS_MAX = 16
 # Less than half of the shortest --link-timeout.
 _BEAT_SECONDS = 0.8
+_TURN_SECONDS_MAX = 20.0
+_TURN_POLL_SECONDS = 0.5
 
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 Authenticate: TypeAlias = Callable[[], Awaitable[str | None]]
 """Finds out who the peer is: what to refuse it with, or None. Raises trio.BrokenResourceError."""
 
@@ -64,25 +69,9 @@ class Receiver:
         except m.PeerSpeaksTls as error:
             log.warning("session refused: %s", error)
             await link.send_alert(NOT_TLS_ALERT)
-        except m.RemoteProtocolError as error:
-            log.warning("session refused: %s", error)
-            await say_last(link, m.Failed("protocol", str(error)[:1000]))
-            await link.drain()
-        except TargetFull as error:
-            log.error("session failed: %s", error)
-            await say_last(link, m.Failed("full", str(error)[:1000]))
-            await link.drain()
-        except JournalDamaged as error:
-            # Not a refusal: the sender connects again and repairs by comparing.
-            await say_last(link, m.Failed("damaged", str(error)[:1000]))
-            await link.drain()
-        except FuseDiskError as error:
-            log.warning("session refused: %s", error)
-            await say_last(link, m.Failed("refused", str(error)[:1000]))
-            await link.drain()
-        except OSError as error:
-            log.error("session failed: %s", error)
-            await say_last(link, m.Failed("io", str(error)[:1000]))
+        except (m.RemoteProtocolError, FuseDiskError, OSError) as error:
+            log.warning("session ended: %s", error)
+            await say_last(link, m.Failed(_code(error), str(error)[:1000]))
             await link.drain()
         except trio.Cancelled:
             await say_last(link, m.Bye())
@@ -119,7 +108,7 @@ class Receiver:
         """Say how a cutover ended; where it had not happened, it now never will."""
         active = await self._claim(asked)
         try:
-            answer = await trio.to_thread.run_sync(_settle, self._store, asked)
+            answer, _ = await self._taking_turns(asked, _settle, self._store, asked)
             await link.send(answer)
         finally:
             del self._active[asked.name]
@@ -139,7 +128,7 @@ class Receiver:
         return active
 
     async def _run(self, link: Link, hello: m.Hello, opening: m.Open) -> None:
-        replica = await trio.to_thread.run_sync(_open, self._store, hello, opening)
+        replica, turn = await self._taking_turns(opening, _open, self._store, hello, opening)
         try:
             manifest = replica.manifest
             state = "new" if replica.status == "new" else manifest.state
@@ -157,6 +146,7 @@ class Receiver:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_read, link, queue)
+                    nursery.start_soon(self._give_way, opening, turn)
                     await _work(link, replica, events, hello.seed, nursery)
                     nursery.cancel_scope.cancel()
             except* (LinkLost, FuseDiskError, m.RemoteProtocolError, OSError) as group:
@@ -164,6 +154,67 @@ class Receiver:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(replica.close)
+
+    async def _taking_turns(
+        self,
+        opening: m.Open | m.Resolve,
+        work: Callable[[*Arguments], Result],
+        *arguments: *Arguments,
+    ) -> tuple[Result, Turn | None]:
+        """Run ``work`` on a thread, asking another process of the same source to end for it.
+
+        Returns its result and the turn it was done under. Raises ReplicaBusy, and what it raises.
+        """
+        store, name = self._store.path, opening.name
+        check_replica_name(name)
+        # Before the lock: a request that comes after this is for us to heed.
+        turn = await trio.to_thread.run_sync(read_turn, store, name)
+        asked = False
+        deadline = trio.current_time() + _TURN_SECONDS_MAX
+        while True:
+            try:
+                return await trio.to_thread.run_sync(work, *arguments), turn
+            except ReplicaBusy:
+                if trio.current_time() > deadline:
+                    raise
+            if not asked:
+                await trio.to_thread.run_sync(_require_source, self._store, opening)
+                turn = await trio.to_thread.run_sync(ask_for_turn, store, name, opening.source_id)
+                asked = True
+            await trio.sleep(_TURN_POLL_SECONDS / 2)
+
+    async def _give_way(self, opening: m.Open, turn: Turn | None) -> None:
+        while True:
+            await trio.sleep(_TURN_POLL_SECONDS)
+            last = await trio.to_thread.run_sync(read_turn, self._store.path, opening.name)
+            if last is not None and last != turn and last.source_id == opening.source_id:
+                raise LinkLost("a newer session of the same source took over")
+
+
+def _require_source(store: Store, opening: m.Open | m.Resolve) -> None:
+    manifest = read_manifest(store.replica_path(opening.name))
+    if manifest is not None and manifest.source_id != opening.source_id:
+        raise FuseDiskError(
+            f"replica {opening.name} is receiving from another source; choose another name"
+        )
+
+
+def _code(error: Exception) -> str:
+    """Of a last word; "refused" alone tells the sender that trying again is of no use."""
+    match error:
+        case m.RemoteProtocolError():
+            return "protocol"
+        case TargetFull():
+            return "full"
+        case JournalDamaged():
+            # The sender repairs it by comparing.
+            return "damaged"
+        case ReplicaBusy():
+            return "busy"
+        case FuseDiskError():
+            return "refused"
+        case _:
+            return "io"
 
 
 async def _authenticated(authenticate: Authenticate | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The store on the target: a directory of replicas that one receiver at a time works on."""
+"""The store on the target: a directory of replicas, each for one process at a time."""
 
 from __future__ import annotations
 
@@ -45,34 +45,28 @@ def check_replica_name(name: str) -> None:
         )
 
 
+class ReplicaBusy(FuseDiskError):
+    """Another process works on the replica."""
+
+
 class Store:
-    """A store directory, locked for this process until it is closed."""
+    """A store directory. Any number of processes may use it, each replica one at a time."""
 
     def __init__(self, path: Path, files: Files | None = None) -> None:
-        """Lock the store in the existing directory `path`.
+        """Use the store in the existing directory `path`.
 
-        Raises FuseDiskError if it is not a usable directory or another receiver has it.
+        Raises FuseDiskError if it is not a usable directory.
         """
         self.path = path
         self.files = files or Files()
-        self._claimed: set[str] = set()
+        self._locks: dict[str, int] = {}
+        self._closed = False
         self._mutex = threading.Lock()
         _require_directory(path)
         try:
-            # Not unlinked ever: a second receiver could then lock another file of that name.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._lock_fd = os.open(path / ".lock", flags, 0o600)
+            (path / ".locks").mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise FuseDiskError(f"cannot open {path / '.lock'}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock_fd)
-            if isinstance(error, BlockingIOError):
-                raise FuseDiskError(
-                    f"store {path} is in use by another receiver; stop it or use another store"
-                ) from None
-            raise FuseDiskError(f"cannot lock store {path}: {error.strerror}") from error
+            raise FuseDiskError(f"cannot write to store {path}: {error.strerror}") from error
 
     def replica_path(self, name: str) -> Path:
         """Return the directory of replica `name`; FuseDiskError if that is no replica name."""
@@ -83,39 +77,58 @@ class Store:
     def claiming(self, name: str) -> Iterator[None]:
         """Claim replica `name` for one user, who calls `release`; undone if the block fails.
 
-        Raises FuseDiskError if the replica is claimed already, or the store closed.
+        Raises FuseDiskError if the replica is claimed already, or the store closed; ReplicaBusy if
+        another process has it.
         """
         with self._mutex:
-            if self._lock_fd < 0:
+            if self._closed:
                 raise FuseDiskError(f"store {self.path} is closed")
-            if name in self._claimed:
+            if name in self._locks:
                 raise FuseDiskError(
                     f"replica {name!r} is in use by another session; end that session first"
                 )
-            self._claimed.add(name)
+            self._locks[name] = self._lock(name)
         try:
             yield
         except BaseException:
             self.release(name)
             raise
 
+    def _lock(self, name: str) -> int:
+        path = self.path / ".locks" / name
+        try:
+            # Not unlinked ever: a second process could then lock another file of that name.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise FuseDiskError(f"cannot open {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if isinstance(error, BlockingIOError):
+                raise ReplicaBusy(
+                    f"replica {name!r} is in use by another process; end that one first"
+                ) from None
+            raise FuseDiskError(f"cannot lock {path}: {error.strerror}") from error
+        return fd
+
     def release(self, name: str) -> None:
         """Give up the claim on replica `name`."""
         with self._mutex:
-            self._claimed.discard(name)
+            if (fd := self._locks.pop(name, -1)) >= 0:
+                os.close(fd)
 
     def close(self) -> None:
-        """Unlock the store. Repeating it is fine.
+        """End the use of the store. Repeating it is fine.
 
         Raises FuseDiskError while a replica is open: its writer must not outlive the lock.
         """
         with self._mutex:
-            if self._claimed:
-                names = ", ".join(sorted(self._claimed))
+            if self._locks:
+                names = ", ".join(sorted(self._locks))
                 raise FuseDiskError(f"store {self.path} has open replicas: {names}; close them")
-            if self._lock_fd >= 0:
-                os.close(self._lock_fd)
-                self._lock_fd = -1
+            self._closed = True
 
     def __enter__(self) -> Store:
         """Return the store itself."""

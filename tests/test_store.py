@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fusedisk.errors import FuseDiskError
 from replicator.files import Files
 from replicator.manifest import ReplicaDisk, check_disk_name, read_manifest
 from replicator.replica import Replica
-from replicator.store import Store, check_replica_name, list_replicas
+from replicator.store import ReplicaBusy, Store, check_replica_name, list_replicas
 
 BLOCK = 65536
 SIZE = 16 * BLOCK + 512
@@ -22,7 +23,9 @@ DISKS = [ReplicaDisk("root", SIZE, BLOCK), ReplicaDisk("data.raw", 4 * BLOCK, BL
 def tree(path: Path) -> dict[str, bytes | None]:
     """Everything below `path`, to see that a refusal changed nothing."""
     return {
-        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")
+        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None
+        for p in path.rglob("*")
+        if p.parent.name != ".locks"
     }
 
 
@@ -280,11 +283,14 @@ def test_failed_sync_is_not_committed_nor_retried(
             assert (replica.manifest.applying, replica.manifest.epoch) == (True, None)
 
 
-def test_one_receiver_and_one_session(tmp_path: Path) -> None:
+def test_one_process_and_one_session_for_a_replica(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
-        with pytest.raises(FuseDiskError, match="in use by another receiver"):
-            Store(tmp_path)
         replica = Replica.open(store, "vm", "src", DISKS)
+        with Store(tmp_path) as other:
+            for attempt in (Replica.load, partial(Replica.open, source_id="src", disks=DISKS)):
+                with pytest.raises(ReplicaBusy, match="in use by another process"):
+                    attempt(other, "vm")
+            Replica.open(other, "another", "src", DISKS).close()
         with pytest.raises(FuseDiskError, match="in use by another session"):
             Replica.open(store, "vm", "src", DISKS)
         with pytest.raises(FuseDiskError, match="open replicas: vm"):

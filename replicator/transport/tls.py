@@ -13,7 +13,9 @@ _DEFAULT_PLACES: Final = (Path("~/.config/fusedisk/tls"), Path("/etc/fusedisk/tl
 _MAKE_KEYS = "make keys with 'replicator keys' and give their directory as --tls"
 
 NOT_TLS_ALERT: Final = bytes.fromhex("15 0303 0002 02 28")
-"""What a plain receiver answers to a TLS client: the fatal alert handshake_failure (RFC 8446)."""
+"""What is said where one side is TLS and the other not: the alert handshake_failure (RFC 8446)."""
+
+_FOREIGN: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST")
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h.
 _EXPIRED, _NOT_YET_VALID = 10, 9
@@ -178,7 +180,9 @@ async def admit(stream: "trio.SSLStream[trio.SocketStream]", allow: tuple[str, .
     try:
         await stream.do_handshake()
     except trio.BrokenResourceError as error:
-        await _flush_alert(stream)
+        # OpenSSL has no answer for what is not TLS at all.
+        foreign = getattr(error.__cause__, "reason", None) in _FOREIGN
+        await _flush_alert(stream, NOT_TLS_ALERT if foreign else b"")
         raise trio.BrokenResourceError(_server_reason(error.__cause__)) from None
     names = _names(stream.getpeercert())
     if not allow or names & {name.lower() for name in allow}:
@@ -204,7 +208,7 @@ def _server_reason(cause: BaseException | None) -> str:
     return "the client ended the TLS handshake"
 
 
-async def _flush_alert(stream: "trio.SSLStream[trio.SocketStream]") -> None:
+async def _flush_alert(stream: "trio.SSLStream[trio.SocketStream]", otherwise: bytes = b"") -> None:
     """Send the alert that says why the handshake failed, which SSLStream makes but keeps.
 
     Then take what the peer still sends: closing over it would reset the connection, and the peer
@@ -214,7 +218,7 @@ async def _flush_alert(stream: "trio.SSLStream[trio.SocketStream]") -> None:
     if not isinstance(outgoing, ssl.MemoryBIO):
         return
     with trio.move_on_after(1), contextlib.suppress(trio.BrokenResourceError):
-        await stream.transport_stream.send_all(outgoing.read())
+        await stream.transport_stream.send_all(outgoing.read() or otherwise)
         await stream.transport_stream.send_eof()
         while await stream.transport_stream.receive_some(4096):
             pass
