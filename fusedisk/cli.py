@@ -8,6 +8,7 @@ import click
 
 from fusedisk import mounting
 from fusedisk.errors import FuseDiskError
+from fusedisk.replicas import lagging
 from fusedisk.signals import StopSignals
 from fusedisk.status import status as mount_status
 from fusedisk.units import parse_size
@@ -84,7 +85,11 @@ def mount(
 @click.argument("mountpoint", type=PATH)
 def unmount(mountpoint: Path) -> None:
     """Flush, record a clean state, end the daemons."""
+    state = mounting.find_state(mountpoint)
     mounting.unmount(mountpoint)
+    for name, lag in lagging(state):
+        what = f"lacks {lag.bytes} bytes" if lag else "has no complete copy of these disks"
+        click.echo(f"replica {name} {what}; the next start goes on from there")
 
 
 @cli.command()

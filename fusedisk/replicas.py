@@ -179,6 +179,27 @@ def _noted(
     }
 
 
+def lagging(state: Path) -> list[tuple[str, Lag | None]]:
+    """The replicas that are behind, by their notes; None for one without a committed epoch."""
+    names = replica_names(state)
+    if not names:
+        return []
+    mount = read_mount_record(state)
+    maps = open_maps(state, mount)
+    found: list[tuple[str, Lag | None]] = []
+    for name in names:
+        try:
+            committed = committed_epoch(read_record(state, name), mount)
+        except FuseDiskError:
+            committed = None
+        lag = None if committed is None else lag_since(maps, committed)
+        if lag is None or lag.chunks:
+            found.append((name, lag))
+    for changes in maps:
+        changes.close()
+    return found
+
+
 def disk_entry(total: int, done: int, *, finished: bool) -> dict[str, int | float]:
     """Bytes to do and done, and percent: cut, never rounded up, and 100 only when finished."""
     done = min(done, total)

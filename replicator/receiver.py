@@ -32,6 +32,7 @@ _QUEUED_EVENTS_MAX = 16
 _BEAT_SECONDS = 0.8
 _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
+_PROBE_SECONDS = 2.0
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -42,10 +43,34 @@ Authenticate: TypeAlias = Callable[[], Awaitable[str | None]]
 class _Active:
     """A session that holds a replica, so that a newer one of the same source can take over."""
 
-    def __init__(self, source_id: str) -> None:
-        self.source_id = source_id
+    def __init__(self, link: Link, opening: m.Open | m.Resolve) -> None:
+        self.source_id = opening.source_id
+        self.instance = opening.instance if isinstance(opening, m.Open) else None
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
+        self._answered = trio.Event()
+        self._link = link
+
+    def pong(self) -> None:
+        """The peer answered a Ping."""
+        self._answered.set()
+
+    async def alive(self) -> bool:
+        """Whether the peer is still there: it answers a Ping, or goes on with a long frame."""
+        self._answered = trio.Event()
+        with trio.move_on_after(_PROBE_SECONDS / 2):
+            try:
+                await self._link.send(m.Ping(0))
+                await self._answered.wait()
+            except (LinkLost, m.LocalProtocolError, m.RemoteProtocolError):
+                return False
+        if not self._answered.is_set():
+            # By now what a dead peer had left in the buffers has been read.
+            heard = self._link.received_bytes
+            with trio.move_on_after(_PROBE_SECONDS / 2):
+                await self._answered.wait()
+            return self._answered.is_set() or self._link.received_bytes > heard
+        return True
 
 
 class Receiver:
@@ -94,10 +119,10 @@ class Receiver:
             return
         if not isinstance(opening, m.Open):
             raise LinkLost("the sender asked for nothing")
-        active = await self._claim(opening)
+        active = await self._claim(link, opening)
         try:
             with active.scope:
-                await self._run(link, hello, opening)
+                await self._run(link, hello, opening, active)
             if active.scope.cancelled_caught:
                 raise LinkLost("a newer session of the same source took over")
         finally:
@@ -106,7 +131,7 @@ class Receiver:
 
     async def _resolve(self, link: Link, asked: m.Resolve) -> None:
         """Say how a cutover ended; where it had not happened, it now never will."""
-        active = await self._claim(asked)
+        active = await self._claim(link, asked)
         try:
             answer, _ = await self._taking_turns(asked, _settle, self._store, asked)
             await link.send(answer)
@@ -114,20 +139,29 @@ class Receiver:
             del self._active[asked.name]
             active.ended.set()
 
-    async def _claim(self, opening: m.Open | m.Resolve) -> _Active:
+    async def _claim(self, link: Link, opening: m.Open | m.Resolve) -> _Active:
         while (older := self._active.get(opening.name)) is not None:
             if older.source_id != opening.source_id:
                 raise FuseDiskError(
                     f"replica {opening.name} is receiving from another source; choose another name"
                 )
-            # The source runs one sender for a replica, so the older session is half open.
+            # One process has one link, so an older session of the same instance is half open.
+            if (
+                isinstance(opening, m.Open)
+                and older.instance != opening.instance
+                and await older.alive()
+            ):
+                raise FuseDiskError(
+                    f"replica {opening.name} has another sender, which answers; stop that one, "
+                    "or choose another --name"
+                )
             older.scope.cancel()
             await older.ended.wait()
-        active = _Active(opening.source_id)
+        active = _Active(link, opening)
         self._active[opening.name] = active
         return active
 
-    async def _run(self, link: Link, hello: m.Hello, opening: m.Open) -> None:
+    async def _run(self, link: Link, hello: m.Hello, opening: m.Open, active: _Active) -> None:
         replica, turn = await self._taking_turns(opening, _open, self._store, hello, opening)
         try:
             manifest = replica.manifest
@@ -145,8 +179,8 @@ class Receiver:
             queue, events = trio.open_memory_channel[m.Event](_QUEUED_EVENTS_MAX)
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_read, link, queue)
                     nursery.start_soon(self._give_way, opening, turn)
+                    nursery.start_soon(_read, link, queue, active.pong)
                     await _work(link, replica, events, hello.seed, nursery)
                     nursery.cancel_scope.cancel()
             except* (LinkLost, FuseDiskError, m.RemoteProtocolError, OSError) as group:
@@ -226,10 +260,15 @@ async def _authenticated(authenticate: Authenticate | None) -> str | None:
         raise LinkLost(str(error) or "the connection was lost") from None
 
 
-async def _read(link: Link, queue: trio.MemorySendChannel[m.Event]) -> None:
+async def _read(
+    link: Link, queue: trio.MemorySendChannel[m.Event], on_pong: Callable[[], None]
+) -> None:
     async with queue:
         while True:
             event = await link.receive()
+            if isinstance(event, m.Pong):
+                on_pong()
+                continue
             await queue.send(event)
             if isinstance(event, m.Bye | m.Failed):
                 return
