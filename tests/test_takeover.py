@@ -23,7 +23,7 @@ async def link_to(receiver: Receiver) -> AsyncIterator[SenderLink]:
     ours, theirs = trio.socket.socketpair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(receiver.serve, trio.SocketStream(theirs))
-        link = SenderLink(trio.SocketStream(ours), Pace(None), Sent())
+        link = SenderLink(trio.SocketStream(ours), Pace(None), Sent(), 60.0)
         try:
             yield link
         finally:
@@ -52,7 +52,10 @@ async def test_a_sender_that_answers_keeps_its_replica(tmp_path: Path) -> None:
                         await shake_hands(second, "two")
             await first.send(m.Begin(1, "fill"))
             await first.send(m.Ping(7))
-            assert await first.receive() == m.Pong(7)
+            # Others may come before: they say that the receiver is busy.
+            with trio.fail_after(20):
+                while await first.receive() != m.Pong(7):
+                    pass
             nursery.cancel_scope.cancel()
 
 
