@@ -33,6 +33,7 @@ from replicator.messages import (
     DATA_BYTES_MAX,
     DIGEST_BYTES,
     DISKS_MAX,
+    KIB,
     MESSAGE_BYTES_MAX,
     OFFSET_MAX,
     Data,
@@ -52,9 +53,10 @@ _PREFIX: Final = struct.Struct(f"<QQ{DIGEST_BYTES}s")
 _ZERO: Final = struct.Struct("<QQ")
 _HEAD_BYTES: Final = _HEADER.size + _CHECKSUM.size
 assert (_HEADER.size, _HEAD_BYTES, _PREFIX.size) == (16, 24, 32)
+HEADER_BYTES: Final = _HEAD_BYTES
 
 # The numbers are the format: never reuse one.
-_FRAME_TYPES: Final[Mapping[int, type[Event]]] = {
+FRAME_TYPES: Final[Mapping[int, type[Event]]] = {
     1: m.Hello,
     2: m.Welcome,
     3: m.Open,
@@ -76,11 +78,18 @@ _FRAME_TYPES: Final[Mapping[int, type[Event]]] = {
     19: m.Failed,
     20: m.Bye,
 }
-_FRAME_NUMBERS: Final = {kind: number for number, kind in _FRAME_TYPES.items()}
+_FRAME_NUMBERS: Final = {kind: number for number, kind in FRAME_TYPES.items()}
 _DECODERS: Final[Mapping[type[Event], msgspec.msgpack.Decoder[m.Message]]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in _FRAME_TYPES.values()
+    for kind in FRAME_TYPES.values()
     if issubclass(kind, m.Message)
+}
+# What a frame of a kind may make us allocate, before its sender is known to be honest.
+_SMALL_BYTES_MAX: Final = 8 * KIB
+MESSAGE_BYTES_BY_KIND: Final[Mapping[type[Event], int]] = {
+    **dict.fromkeys(_DECODERS, _SMALL_BYTES_MAX),
+    m.Open: 128 * KIB,
+    m.Hashes: MESSAGE_BYTES_MAX,
 }
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
@@ -110,8 +119,10 @@ def encode(event: Event) -> list[bytes | memoryview]:
         _DECODERS[kind].decode(payload)
     except (msgspec.MsgspecError, OverflowError, TypeError, ValueError) as error:
         raise LocalProtocolError(f"{kind.__name__} cannot be sent: {error}") from error
-    if len(payload) > MESSAGE_BYTES_MAX:
-        raise LocalProtocolError(f"{kind.__name__} is longer than {MESSAGE_BYTES_MAX} bytes")
+    if len(payload) > MESSAGE_BYTES_BY_KIND[kind]:
+        raise LocalProtocolError(
+            f"{kind.__name__} is longer than {MESSAGE_BYTES_BY_KIND[kind]} bytes"
+        )
     return [_frame(kind, 0, payload)]
 
 
@@ -195,7 +206,7 @@ class Reader:
 
     def _begin(self, check_kind: Callable[[type[Event]], None]) -> None:
         _, number, flags, disk, length, reserved = _HEADER.unpack_from(self._head)
-        kind = _FRAME_TYPES.get(number)
+        kind = FRAME_TYPES.get(number)
         if kind is None:
             raise RemoteProtocolError(f"peer sent a frame of unknown type {number}")
         if flags or reserved or disk >= (DISKS_MAX if kind in (Data, Zero) else 1):
@@ -239,7 +250,7 @@ def _length_bounds(kind: type[Event]) -> tuple[int, int]:
         return _PREFIX.size + 1, _PREFIX.size + DATA_BYTES_MAX
     if kind is Zero:
         return _ZERO.size, _ZERO.size
-    return 1, MESSAGE_BYTES_MAX
+    return 1, MESSAGE_BYTES_BY_KIND[kind]
 
 
 def _check_magic(start: bytearray) -> None:
