@@ -106,7 +106,7 @@ def status(mountpoint: Path, as_json: bool) -> None:
     for disk in found["disks"]:
         click.echo(
             f"  {disk['name']}: {disk['size']} bytes, {disk['allocated']} allocated, "
-            f"{disk['changed_chunks']} of {disk['chunks']} chunks written"
+            f"{disk['changed_chunks']} of {disk['chunks']} chunks changed"
         )
 
 
