@@ -5,8 +5,7 @@ received. All numbers are little-endian.
 
     header   magic "FDREDO1\\n", u32 version, u32 length of the body; the body (JSON: id, source id,
              the point the pass starts from, the epoch it goes to); xxh3-128 of all that
-    record   u8 kind (1 data, 2 zero), u8 0, u16 disk, u32 0, u64 offset, u64 length, xxh3-128 of
-             the data (zeros for kind 2), xxh3-64 of the 40 bytes before, seeded with the id; data
+    record   a head as replicator.records has it, seeded with the id; its data
     trailer  a record of kind 3 whose offset is the number of records and whose data is JSON: the
              point reached and the xxh3-128 over all record heads
 
@@ -31,15 +30,21 @@ import xxhash
 from fusedisk.errors import FuseDiskError
 from replicator.files import Buffer, Files
 from replicator.manifest import PRIVATE_DIRECTORY, Epoch, JournalRef, ReplicaDisk, Text
+from replicator.records import (
+    DATA,
+    HEAD_BYTES,
+    NO_DIGEST,
+    TRAILER,
+    ZERO,
+    Head,
+    decode_head,
+    encode_head,
+)
 
 _MAGIC, _VERSION = b"FDREDO1\n", 1
 _HEADER = struct.Struct("<8sII")
-_HEAD = struct.Struct("<BBHIQQ16s")
-_HEAD_BYTES = _HEAD.size + 8
-_DATA, _ZERO, _TRAILER = 1, 2, 3
 _DATA_BYTES_MAX = 1 << 20
 _BODY_BYTES_MAX = 1 << 16
-_NO_DIGEST = bytes(16)
 SLOTS = (0, 1)
 
 
@@ -118,28 +123,28 @@ class JournalWriter:
     def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
         """Append data, with its xxh3-128 where that is known. Raises OSError."""
         if digest is not None and data.nbytes <= _DATA_BYTES_MAX:
-            self._append(_DATA, disk, offset, data.nbytes, digest, data)
+            self._append(DATA, disk, offset, data.nbytes, digest, data)
             return
         for at in range(0, data.nbytes, _DATA_BYTES_MAX):
             part = data[at : at + _DATA_BYTES_MAX]
             known = xxhash.xxh3_128_digest(part)
-            self._append(_DATA, disk, offset + at, part.nbytes, known, part)
+            self._append(DATA, disk, offset + at, part.nbytes, known, part)
 
     def zero(self, disk: int, offset: int, length: int) -> None:
         """Append a run of zeros. Raises OSError."""
         if length:
-            self._append(_ZERO, disk, offset, length, _NO_DIGEST, b"")
+            self._append(ZERO, disk, offset, length, NO_DIGEST, b"")
 
-    def seal(self, generation: str, epoch: int) -> JournalRef:
+    def seal(self, generation: str, epoch: int, time: float) -> JournalRef:
         """Make the journal whole and durable; what to name in the manifest. Raises OSError."""
         trailer = _Trailer(generation, epoch, self._heads.hexdigest())
         body = msgspec.json.encode(trailer)
         digest = xxhash.xxh3_128_digest(body)
-        self._append(_TRAILER, 0, self.records, len(body), digest, body)
+        self._append(TRAILER, 0, self.records, len(body), digest, body)
         # Invariant: content and name are durable before a manifest names this journal.
         self._files.sync(self._fd)
         self._files.sync_directory(self.path.parent)
-        return JournalRef(self.slot, self._header.id, generation, epoch)
+        return JournalRef(self.slot, self._header.id, generation, epoch, time)
 
     def close(self) -> None:
         """Close the file and leave it as it is. Repeating it is fine."""
@@ -158,11 +163,10 @@ class JournalWriter:
     def _append(
         self, kind: int, disk: int, offset: int, length: int, digest: bytes, data: Buffer
     ) -> None:
-        head = _HEAD.pack(kind, 0, disk, 0, offset, length, digest)
-        head += xxhash.xxh3_64_digest(head, self._key)
+        head = encode_head(Head(kind, disk, offset, length, digest), self._key)
         with self._mutex:
             self._end += self._files.write(self._fd, [head, data], self._end)
-            if kind != _TRAILER:
+            if kind != TRAILER:
                 self._heads.update(head)
                 self.records += 1
 
@@ -194,19 +198,20 @@ def _read(
     count = 0
     while True:
         where = f"journal {path} is damaged at byte {position}"
-        head = _read_exactly(path, fd, _HEAD_BYTES, position)
-        if xxhash.xxh3_64_digest(head[: _HEAD.size], key) != head[_HEAD.size :]:
+        raw = _read_exactly(path, fd, HEAD_BYTES, position)
+        head = decode_head(raw, key)
+        if head is None:
             raise JournalDamaged(f"{where} (record {count} does not match its checksum)")
-        kind, _, disk, _, offset, length, digest = _HEAD.unpack_from(head)
-        position += _HEAD_BYTES
-        if kind == _TRAILER:
+        kind, disk, offset, length, digest = head
+        position += HEAD_BYTES
+        if kind == TRAILER:
             _check_trailer(path, fd, ref, position, length, digest, (offset, count), heads)
             return
-        heads.update(head)
-        if kind not in (_DATA, _ZERO) or disk >= len(disks) or offset + length > disks[disk].size:
+        heads.update(raw)
+        if kind not in (DATA, ZERO) or disk >= len(disks) or offset + length > disks[disk].size:
             raise JournalDamaged(f"{where} (record {count} is outside the disks)")
         data = None
-        if kind == _DATA:
+        if kind == DATA:
             if length > _DATA_BYTES_MAX:
                 raise JournalDamaged(f"{where} (record {count} is too large)")
             data = _read_exactly(path, fd, length, position)

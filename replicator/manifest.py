@@ -25,6 +25,7 @@ import msgspec
 
 from fusedisk.errors import FuseDiskError
 from replicator.files import Files
+from replicator.retention import POINTS_MAX, parse_policy
 
 PRIVATE_DIRECTORY = ".fusedisk"
 MANIFEST_VERSION = 2
@@ -54,6 +55,20 @@ class JournalRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern="^[0-9a-f]*$")]
     generation: Text
     epoch: Epoch
+    time: float
+
+
+class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A recovery point: the state at (generation, epoch), committed at `time` (Unix seconds).
+
+    `undo_bytes` of its undo file are durable and whole; the newest point needs none.
+    """
+
+    id: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    generation: Text
+    epoch: Epoch
+    time: float
+    undo_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +76,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     (generation, epoch) is the last point the images are known to have held, or None twice if the
     history is unknown. While `applying` is true the images are on the way from there to a later
-    one; once there has been a point, that is the one of `journal`, which is committed.
+    one; once there has been a point, that is the one of `journal`, which is committed. `points` are
+    oldest first. The last is the state of the images, except while applying: then the images'
+    own point is left out if it is not to be kept.
     """
 
     version: int
@@ -71,6 +88,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: State
     applying: bool
     journal: JournalRef | None
+    keep: Text
+    points: Annotated[list[Point], msgspec.Meta(max_length=POINTS_MAX + 1)]
+    next_point: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     token: Text | None
     aborted_tokens: Annotated[list[Text], msgspec.Meta(max_length=MAX_ABORTED_TOKENS)]
     disks: Annotated[list[ReplicaDisk], msgspec.Meta(min_length=1)]
@@ -97,6 +117,9 @@ def new_manifest(source_id: str, disks: Sequence[ReplicaDisk]) -> Manifest:
         state="filling",
         applying=False,
         journal=None,
+        keep="1",
+        points=[],
+        next_point=1,
         token=None,
         aborted_tokens=[],
         disks=list(disks),
@@ -139,6 +162,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         )
     try:
         check_disks(manifest.disks)
+        parse_policy(manifest.keep)
     except FuseDiskError as error:
         raise FuseDiskError(f"{damaged} ({error}); {remedy}") from error
     if (contradiction := _contradiction(manifest)) is not None:
@@ -157,6 +181,11 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "promoted and applying at once"
     if manifest.state != "filling" and manifest.applying != (manifest.journal is not None):
         return "applying without a journal, or a journal that is not applied"
+    ids = [point.id for point in manifest.points]
+    if ids != sorted(set(ids)) or (ids and ids[-1] >= manifest.next_point):
+        return "points are out of order"
+    if manifest.state == "filling" and manifest.points:
+        return "a recovery point before the first point"
     if manifest.state == "filling" and manifest.journal is not None:
         return "a journal before the first point"
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,20 +17,37 @@ import msgspec
 from fusedisk.errors import FuseDiskError
 from replicator.files import Files
 from replicator.journal import JournalDamaged, read_journal, remove_journals
-from replicator.manifest import Manifest, settle_manifest, write_manifest
+from replicator.manifest import Manifest, Point, settle_manifest, write_manifest
+from replicator.points import remove_unlisted, save_undo, still_there
 
 log = logging.getLogger("replicator.store")
 
 
-def apply_journal(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int]) -> None:
+def apply_journal(
+    files: Files,
+    directory: Path,
+    manifest: Manifest,
+    fds: Sequence[int],
+    record_points: Callable[[list[Point]], None],
+) -> list[Point]:
     """Bring the images to the point of the manifest's journal and sync them.
 
-    `fds` are in the order of the manifest's disks. Raises JournalDamaged with the images half
-    changed, or FuseDiskError if they cannot be written; then it can be done again.
+    Returns the points before it, with what was added to the undo records; `record_points` makes
+    it durable where some had to go. Raises JournalDamaged
+    with the images half changed, or FuseDiskError if they cannot be written; then it can be
+    done again.
     """
     assert manifest.journal is not None
-    for record in read_journal(directory, manifest.journal, manifest.source_id, manifest.disks):
-        image = directory / manifest.disks[record.disk].name
+    ref, disks = manifest.journal, manifest.disks
+    points = save_undo(
+        files, directory, manifest, fds, read_journal(directory, ref, manifest.source_id, disks)
+    )
+    if len(points) < len(manifest.points):
+        # Invariant: a point whose undo records are not complete is not listed once the images
+        # change; saving them again after a crash would save the new content as the old.
+        record_points(points)
+    for record in read_journal(directory, ref, manifest.source_id, disks):
+        image = directory / disks[record.disk].name
         try:
             if record.data is None:
                 files.zero(fds[record.disk], record.offset, record.length)
@@ -42,6 +59,7 @@ def apply_journal(files: Files, directory: Path, manifest: Manifest, fds: Sequen
                 "journal, and applied when the replica is opened after the cause is removed"
             ) from error
     sync_images(files, directory, manifest, fds)
+    return points
 
 
 def sync_images(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int]) -> None:
@@ -60,15 +78,19 @@ def sync_images(files: Files, directory: Path, manifest: Manifest, fds: Sequence
             ) from error
 
 
-def applied(manifest: Manifest) -> Manifest:
+def applied(manifest: Manifest, points: Sequence[Point]) -> Manifest:
     """Return what to record once the images have reached the journal's point."""
     assert manifest.journal is not None
+    ref = manifest.journal
+    reached = Point(manifest.next_point, ref.generation, ref.epoch, ref.time)
     return msgspec.structs.replace(
         manifest,
-        generation=manifest.journal.generation,
-        epoch=manifest.journal.epoch,
+        generation=ref.generation,
+        epoch=ref.epoch,
         applying=False,
         journal=None,
+        points=[*points, reached],
+        next_point=manifest.next_point + 1,
     )
 
 
@@ -78,17 +100,25 @@ def unknown(manifest: Manifest) -> Manifest:
     A replica that is filling has no point, and a source compares one that it did not create.
     """
     return msgspec.structs.replace(
-        manifest, generation=None, epoch=None, state="filling", applying=True, journal=None
+        manifest,
+        generation=None,
+        epoch=None,
+        state="filling",
+        applying=True,
+        journal=None,
+        # What is repaired is not recorded for undoing.
+        points=[],
     )
 
 
-def report_damage(directory: Path, damage: JournalDamaged) -> None:
+def report_damage(directory: Path, damage: JournalDamaged, points: int) -> None:
     """Say in the log what was found and what mends it."""
     log.error(
         "replica %s: %s; its images are a mixture now and cannot be promoted until the source, "
-        "which compares them by hash when it connects, has repaired them",
+        "which compares them by hash when it connects, has repaired them%s",
         directory.name,
         damage,
+        f"; its {points} recovery points are lost" if points > 1 else "",
     )
 
 
@@ -100,16 +130,26 @@ def recover(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int
     """
     # Invariant: what was read here is durable before a journal it does not name is removed.
     settle_manifest(files, directory)
+    left = still_there(directory, manifest.points)
+    if left != manifest.points:
+        manifest = msgspec.structs.replace(manifest, points=left)
+        write_manifest(files, directory, manifest)
     if manifest.journal is not None:
         epoch = manifest.journal.epoch
+        before = manifest
+
+        def record_points(points: list[Point]) -> None:
+            write_manifest(files, directory, msgspec.structs.replace(before, points=points))
+
         try:
-            apply_journal(files, directory, manifest, fds)
-            manifest = applied(manifest)
+            points = apply_journal(files, directory, manifest, fds, record_points)
+            manifest = applied(manifest, points)
             log.info("replica %s: applied the journal of epoch %d", directory.name, epoch)
         except JournalDamaged as damage:
-            report_damage(directory, damage)
+            report_damage(directory, damage, len(manifest.points))
             manifest = unknown(manifest)
         write_manifest(files, directory, manifest)
     if remove_journals(files, directory):
         log.info("replica %s: removed what was left in its journal", directory.name)
+    remove_unlisted(files, directory, manifest.points)
     return manifest

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from replicator.manifest import (
     MAX_ABORTED_TOKENS,
     PRIVATE_DIRECTORY,
     Manifest,
+    Point,
     ReplicaDisk,
     check_disks,
     check_epoch,
@@ -36,6 +38,7 @@ from replicator.manifest import (
     read_manifest,
     write_manifest,
 )
+from replicator.points import before_commit, remove_unlisted, report_lost, thin_one
 from replicator.recovery import (
     applied,
     apply_journal,
@@ -44,6 +47,8 @@ from replicator.recovery import (
     sync_images,
     unknown,
 )
+from replicator.retention import parse_policy
+from replicator.undo import undo_path
 
 if TYPE_CHECKING:
     from replicator.store import Store
@@ -85,6 +90,14 @@ def _compare_with_manifest(
             )
 
 
+def _in_order(manifest: Manifest | None, disks: Sequence[ReplicaDisk]) -> list[ReplicaDisk]:
+    """Return the source's disks in the order that the replica's records number them by."""
+    if manifest is None:
+        return list(disks)
+    by_name = {disk.name: disk for disk in disks}
+    return [by_name[disk.name] for disk in manifest.disks]
+
+
 class Replica:
     """An open replica. All methods may be called from any thread.
 
@@ -101,14 +114,25 @@ class Replica:
     """
 
     def __init__(
-        self, store: Store, directory: Path, manifest: Manifest, fds: list[int], status: Status
+        self,
+        store: Store,
+        directory: Path,
+        manifest: Manifest,
+        fds: list[int],
+        status: Status,
+        numbers: list[int] | None = None,
     ) -> None:
-        """Use `Replica.open` or `Replica.load`; this takes over `fds` and the claimed name."""
+        """Use `Replica.open` or `Replica.load`; this takes over `fds` and the claimed name.
+
+        `numbers` are the places of the source's disks in the manifest, whose order never changes:
+        journals and undo records number the disks by it.
+        """
         self._store = store
         self._files = store.files
         self._directory = directory
         self._manifest = manifest
         self._fds = fds
+        self._numbers = numbers or list(range(len(fds)))
         self._receiving: JournalWriter | None = None
         self._apply_mutex = threading.Lock()
         self._condition = threading.Condition()
@@ -142,7 +166,8 @@ class Replica:
             manifest = read_manifest(directory)
             if manifest is not None:
                 _compare_with_manifest(name, manifest, source_id, disks)
-            fds = open_images(directory, disks)
+            ordered = _in_order(manifest, disks)
+            fds = open_images(directory, ordered)
             try:
                 with clear_errors(f"cannot open replica {directory}"):
                     if manifest is None:
@@ -150,15 +175,13 @@ class Replica:
                         write_manifest(files, directory, fresh)
                         files.sync_directory(directory)
                         manifest = fresh
-                    # A journal numbers the disks as the source did that sent it.
-                    by_name = {disk.name: fd for disk, fd in zip(disks, fds, strict=True)}
-                    before = [by_name[disk.name] for disk in manifest.disks]
-                    manifest = recover(files, directory, manifest, before)
-                    if manifest.disks != list(disks):
-                        # Only order or chunk sizes differ, and neither says anything of the data.
-                        manifest = msgspec.structs.replace(manifest, disks=list(disks))
+                    manifest = recover(files, directory, manifest, fds)
+                    keep = store.keep or manifest.keep
+                    if (manifest.disks, manifest.keep) != (ordered, keep):
+                        manifest = msgspec.structs.replace(manifest, disks=ordered, keep=keep)
                         write_manifest(files, directory, manifest)
-                return cls(store, directory, manifest, fds, status)
+                numbers = [ordered.index(disk) for disk in disks]
+                return cls(store, directory, manifest, fds, status, numbers)
             except BaseException:
                 for fd in fds:
                     os.close(fd)
@@ -211,7 +234,7 @@ class Replica:
         view = memoryview(data)
         with self._dropping_if_full(), self._sharing():
             self._require_changeable()
-            fd = self._range(disk, offset, view.nbytes)
+            disk, fd = self._range(disk, offset, view.nbytes)
             with clear_errors(f"cannot write to image {self._image(disk)}"):
                 if self._receiving is None:
                     self._files.write(fd, [view], offset)
@@ -229,7 +252,7 @@ class Replica:
         """
         with self._dropping_if_full(), self._sharing():
             self._require_changeable()
-            fd = self._range(disk, offset, length)
+            disk, fd = self._range(disk, offset, length)
             with clear_errors(f"cannot zero a range of image {self._image(disk)}"):
                 if self._receiving is None:
                     self._files.zero(fd, offset, length)
@@ -252,7 +275,7 @@ class Replica:
             raise FuseDiskError(f"hash seed {seed} must be 0 to 2^64 - 1")
         with self._at_rest(), self._sharing():
             self._require_not_promoted()
-            fd = self._range(disk, offset, length)
+            disk, fd = self._range(disk, offset, length)
             end = offset + length
             if offset % block or (end % block and end != self._manifest.disks[disk].size):
                 raise FuseDiskError(
@@ -286,8 +309,10 @@ class Replica:
             with clear_errors(f"cannot begin a journal for replica {self.name!r}"):
                 self._receiving = JournalWriter(self._files, self._directory, slot, header)
 
-    def commit(self, generation: str, epoch: int) -> None:
+    def commit(self, generation: str, epoch: int, now: float | None = None) -> None:
         """Make the pass durable and record it as the replica's point; call `apply` then.
+
+        `now` is the time recorded with it, in Unix seconds; default: the clock's.
 
         Waits for the apply of the pass before it. Raises FuseDiskError outside a pass, if promoted,
         if the epoch goes back within its generation, or if the filesystem reports an error; after
@@ -298,6 +323,7 @@ class Replica:
         with self._dropping_if_full(), self._at_rest(), self._excluding():
             self._require_changeable()
             last = self._manifest
+            now = time.time() if now is None else now
             if last.generation == generation and last.epoch is not None and epoch < last.epoch:
                 raise FuseDiskError(
                     f"replica {self.name!r} holds epoch {last.epoch} and cannot go back to "
@@ -305,31 +331,43 @@ class Replica:
                 )
             if self._receiving is not None and self._receiving.records:
                 with clear_errors(f"cannot sync journal {self._receiving.path}"):
-                    ref = self._receiving.seal(generation, epoch)
+                    ref = self._receiving.seal(generation, epoch, now)
                 # Invariant: from here on the journal may be named by a manifest, so only the next
                 # open may drop it.
                 self._receiving.close()
                 self._receiving = None
                 # Invariant: this record is the commit; nothing is acknowledged or applied before.
-                self._record(msgspec.structs.replace(last, applying=True, journal=ref))
+                points = before_commit(last.points, parse_policy(last.keep), now)
+                self._record(
+                    msgspec.structs.replace(last, applying=True, journal=ref, points=points)
+                )
                 return
             self._drop_pass()
             if last.state == "filling":
                 self._sync_images()
             self._record(
                 msgspec.structs.replace(
-                    last, generation=generation, epoch=epoch, state="following", applying=False
+                    last,
+                    generation=generation,
+                    epoch=epoch,
+                    state="following",
+                    applying=False,
+                    points=[
+                        *before_commit(last.points, parse_policy(last.keep), now),
+                        Point(last.next_point, generation, epoch, now),
+                    ],
+                    next_point=last.next_point + 1,
                 )
             )
 
     def apply(self) -> None:
-        """Bring the images to the committed point, durably; at once where they are there.
+        """Bring the images to the committed point, durably, and let go of points not to be kept.
 
         Another thread may receive the next pass meanwhile. Raises FuseDiskError on an I/O error;
         the replica has then to be opened again, which applies it again.
         """
         with self._at_rest():
-            return
+            self._thin()
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
@@ -344,9 +382,11 @@ class Replica:
 
     def _apply(self, manifest: Manifest) -> None:
         try:
-            apply_journal(self._files, self._directory, manifest, self._fds)
+            points = apply_journal(
+                self._files, self._directory, manifest, self._fds, self._record_points
+            )
         except JournalDamaged as damage:
-            report_damage(self._directory, damage)
+            report_damage(self._directory, damage, len(manifest.points))
             with self._excluding():
                 self._record(unknown(self._manifest))
                 self._unusable = "lost a pass to a damaged journal; open it again and compare"
@@ -358,10 +398,22 @@ class Replica:
         with self._excluding():
             # Invariant: the images are durable at this point before the manifest says so, and
             # the manifest before the journal goes.
-            self._record(applied(self._manifest))
+            self._record(applied(self._manifest, points))
         assert manifest.journal is not None
         with clear_errors(f"cannot remove the applied journal of replica {self.name!r}"):
             remove_journals(self._files, self._directory, [manifest.journal.slot])
+
+    def _record_points(self, points: list[Point]) -> None:
+        with self._excluding():
+            self._record(msgspec.structs.replace(self._manifest, points=points))
+
+    def _thin(self) -> None:
+        """Let go of the points that the policy no longer keeps; `_apply_mutex` is held."""
+        policy = parse_policy(self._manifest.keep)
+        while (step := thin_one(self._files, self._directory, self._manifest, policy)) is not None:
+            self._record_points(step)
+            with clear_errors(f"cannot remove a recovery point of replica {self.name!r}"):
+                remove_unlisted(self._files, self._directory, step)
 
     def promote(self, token: str, epoch: int) -> None:
         """Make the replica authoritative at `epoch` for the cutover `token`; durable on return.
@@ -428,6 +480,7 @@ class Replica:
                     with suppress(OSError):
                         os.close(fd)
                 self._fds = []
+                self._numbers = []
                 self._unusable = "is closed"
                 self._store.release(self.name)
 
@@ -442,17 +495,18 @@ class Replica:
     def _image(self, disk: int) -> Path:
         return self._directory / self._manifest.disks[disk].name
 
-    def _range(self, disk: int, offset: int, length: int) -> int:
-        """Return the descriptor of `disk` if the range lies within it."""
-        if not 0 <= disk < len(self._fds):
-            raise FuseDiskError(f"replica {self.name!r} has no disk number {disk}")
+    def _range(self, number: int, offset: int, length: int) -> tuple[int, int]:
+        """Return the place and the descriptor of the source's disk if the range lies within it."""
+        if not 0 <= number < len(self._numbers):
+            raise FuseDiskError(f"replica {self.name!r} has no disk number {number}")
+        disk = self._numbers[number]
         size = self._manifest.disks[disk].size
         if offset < 0 or length < 0 or offset + length > size:
             raise FuseDiskError(
                 f"{length} bytes at {offset} are outside disk "
                 f"{self._manifest.disks[disk].name!r} of {size} bytes"
             )
-        return self._fds[disk]
+        return disk, self._fds[disk]
 
     def _require_not_promoted(self) -> None:
         if self._manifest.state == "promoted":
@@ -483,10 +537,27 @@ class Replica:
                 raise
             with self._alone():
                 self._drop_pass()
+            freed = self._drop_oldest_point()
             raise TargetFull(
-                f"target full: no room for a pass of replica {self.name!r}; free some at the "
-                "target, the sender tries again"
+                f"target full: no room for a pass of replica {self.name!r}; "
+                + (f"recovery point {freed} was dropped" if freed else "free some at the target")
+                + ", the sender tries again"
             ) from error
+
+    def _drop_oldest_point(self) -> int | None:
+        """Give the room of the oldest point back; its id, or None where only the newest is left."""
+        with self._apply_mutex, self._alone():
+            points = self._manifest.points
+            if self._unusable is not None or len(points) < 2:
+                return None
+            oldest = points[0]
+            # Before the record, which needs room too: a listed oldest point without its file is
+            # taken for dropped.
+            with suppress(OSError):
+                self._files.unlink(undo_path(self._directory, oldest.id))
+            report_lost(self._directory, [oldest], "target full")
+            self._record(msgspec.structs.replace(self._manifest, points=points[1:]))
+            return oldest.id
 
     def _sync_images(self) -> None:
         try:

@@ -16,6 +16,7 @@ from fusedisk.errors import FuseDiskError
 from fusedisk.extents import allocated_bytes
 from replicator.files import Files
 from replicator.manifest import PRIVATE_DIRECTORY, State, read_manifest
+from replicator.retention import parse_policy
 
 _REPLICA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -34,6 +35,7 @@ class ReplicaInfo(NamedTuple):
     generation: str | None
     applying: bool
     problem: str | None
+    points: int = 0
 
 
 def check_replica_name(name: str) -> None:
@@ -52,13 +54,17 @@ class ReplicaBusy(FuseDiskError):
 class Store:
     """A store directory. Any number of processes may use it, each replica one at a time."""
 
-    def __init__(self, path: Path, files: Files | None = None) -> None:
+    def __init__(self, path: Path, files: Files | None = None, keep: str | None = None) -> None:
         """Use the store in the existing directory `path`.
 
-        Raises FuseDiskError if it is not a usable directory.
+        `keep` is the retention policy of the replicas opened from now on; without it each keeps
+        the one it has. Raises FuseDiskError if it is not a usable directory.
         """
         self.path = path
         self.files = files or Files()
+        if keep is not None:
+            parse_policy(keep)
+        self.keep = keep
         self._locks: dict[str, int] = {}
         self._closed = False
         self._mutex = threading.Lock()
@@ -200,6 +206,7 @@ def _describe(directory: Path) -> ReplicaInfo | None:
         generation,
         manifest.applying,
         problem,
+        len(manifest.points),
     )
 
 

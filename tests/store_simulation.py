@@ -16,6 +16,7 @@ from pathlib import Path
 from simulated_disk import Killed, SimulatedFiles, Tree
 
 from replicator.manifest import ReplicaDisk
+from replicator.points import PointView
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -73,6 +74,8 @@ class Simulation:
         sizes = [self._rng.choice((4608, 9000, 12288)), self._rng.choice((512, 4096, 8192))]
         self._disks = [ReplicaDisk(f"disk{n}", size, 4096) for n, size in enumerate(sizes)]
         self._source = Source(self._rng, sizes)
+        self._keep = self._rng.choice(("1", "3", "2,2x10s", "2x10s,2x40s"))
+        self._now = 1e9
         self._points: dict[int, list[bytes]] = {}
         self._acknowledged: int | None = None
         self._under_way: int | None = None
@@ -91,7 +94,7 @@ class Simulation:
             try:
                 with self._opened(self._files) as replica:
                     self._settle(replica)
-                    for _ in range(self._rng.randint(1, 3)):
+                    for _ in range(self._rng.randint(1, 4)):
                         self._pass(replica)
             except Killed:
                 continue
@@ -103,7 +106,7 @@ class Simulation:
     @contextmanager
     def _opened(self, files: SimulatedFiles) -> Iterator[Replica]:
         with (
-            Store(files.root, files) as store,
+            Store(files.root, files, self._keep) as store,
             Replica.open(store, "vm", "source", self._disks) as replica,
         ):
             yield replica
@@ -131,7 +134,8 @@ class Simulation:
         if replica_before_commit:
             replica.apply()
         self._under_way = self._epoch
-        replica.commit(GENERATION, self._epoch)
+        self._now += self._rng.randint(1, 15)
+        replica.commit(GENERATION, self._epoch, self._now)
         self._acknowledged, self._under_way = self._epoch, None
         self._source.unsent = []
         if self._rng.random() < 0.5:
@@ -177,6 +181,14 @@ class Simulation:
         assert not manifest.applying
         found = [(files.root / "vm" / disk.name).read_bytes() for disk in self._disks]
         assert found == self._points[manifest.epoch], f"is not as it was at epoch {manifest.epoch}"
+        assert manifest.points[-1].epoch == manifest.epoch
+        for point in manifest.points:
+            view = PointView(files, files.root / "vm", manifest, point.id)
+            try:
+                found = [view.read(n, 0, disk.size) for n, disk in enumerate(view.disks)]
+            finally:
+                view.close()
+            assert found == self._points[point.epoch], f"point of epoch {point.epoch} is wrong"
 
     def _go_on(self, replica: Replica, files: SimulatedFiles) -> None:
         base = self._points[replica.manifest.epoch or 0]
@@ -189,7 +201,7 @@ class Simulation:
         replica.begin(following)
         source.send(replica, source.unsent)
         self._under_way = following
-        replica.commit(GENERATION, following)
+        replica.commit(GENERATION, following, self._now + self._chance.randint(1, 15))
         self._acknowledged, self._under_way = following, None
         replica.apply()
         self._check(replica, files)

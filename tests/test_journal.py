@@ -152,9 +152,9 @@ def test_format(tmp_path: Path) -> None:
     writer = JournalWriter(Files(), tmp_path, 1, header)
     writer.data(1, 5, memoryview(b"data"), None)
     writer.zero(0, 4096, 8192)
-    ref = writer.seal("gen", 2)
+    ref = writer.seal("gen", 2, 7.5)
     writer.close()
-    assert ref == JournalRef(1, header.id, "gen", 2)
+    assert ref == JournalRef(1, header.id, "gen", 2, 7.5)
     content = (tmp_path / ".fusedisk/journal/1").read_bytes()
     assert content[:16].hex() == "46445245444f310a010000006c000000"
     first = content.index(b"data") - 48

@@ -159,7 +159,7 @@ def test_order_of_disks_follows_the_source(tmp_path: Path) -> None:
     with Store(tmp_path) as store, Replica.open(store, "vm", "src", DISKS[::-1]) as replica:
         assert replica.manifest.epoch == 5
         assert replica.hashes(0, 0, 4 * BLOCK, 0)[0].zero
-    assert read_manifest(tmp_path / "vm").disks == DISKS[::-1]
+    assert read_manifest(tmp_path / "vm").disks == DISKS
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,10 @@ def test_order_of_disks_follows_the_source(tmp_path: Path) -> None:
         {"disks": [{"name": "../x", "size": 1, "chunk_size": 4096}]},
         {"aborted_tokens": ["t"] * 17},
         {"version": 3},
-        {"journal": {"slot": 0, "id": "0" * 32, "generation": "g", "epoch": 6}},
+        {"journal": {"slot": 0, "id": "0" * 32, "generation": "g", "epoch": 6, "time": 0}},
         {"applying": True},
+        {"keep": "7x"},
+        {"points": [{"id": 9, "generation": "g", "epoch": 1, "time": 0}]},
     ],
 )
 def test_bad_manifest_is_refused_and_listed(tmp_path: Path, change: dict[str, object]) -> None:
@@ -208,7 +210,7 @@ def test_listing(tmp_path: Path) -> None:
         infos = list_replicas(tmp_path)
     assert [i.name for i in infos] == ["a", "b"]
     total = SIZE + 4 * BLOCK
-    assert infos[0][1:] == ("following", total, BLOCK, 5, "gen", False, None)
+    assert infos[0][1:] == ("following", total, BLOCK, 5, "gen", False, None, 1)
     with pytest.raises(FuseDiskError, match="not a directory"):
         list_replicas(tmp_path / "none")
 

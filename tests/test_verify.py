@@ -304,6 +304,7 @@ def test_a_pass_that_was_cut_off_is_refused(pair: Verified) -> None:
     pair.once()
     path = pair.store / "r" / ".fusedisk" / "manifest.json"
     filling = {"state": "filling", "generation": None, "epoch": None, "applying": True}
+    filling["points"] = []
     path.write_text(json.dumps({**json.loads(path.read_text()), **filling}))
     pair.fails(1, "in the middle of a pass")
 

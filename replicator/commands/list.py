@@ -19,4 +19,5 @@ def command(store: Path, as_json: bool) -> None:
         click.echo(json.dumps({"replicas": found}, default=str))
         return
     for replica in found:
-        click.echo(f"{replica['name']}: {replica['state']}, {replica['size']} bytes")
+        size, points = replica["size"], replica["points"]
+        click.echo(f"{replica['name']}: {replica['state']}, {size} bytes, {points} points")

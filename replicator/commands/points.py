@@ -1,0 +1,45 @@
+"""``replicator points``."""
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fusedisk.errors import FuseDiskError
+from fusedisk.units import format_size
+from replicator.manifest import read_manifest
+from replicator.store import check_replica_name
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.argument("replica", metavar="STORE/NAME", type=click.Path(path_type=Path, file_okay=False))
+def command(replica: Path, as_json: bool) -> None:
+    """List the recovery points of a replica, oldest first."""
+    check_replica_name(replica.name)
+    manifest = read_manifest(replica)
+    if manifest is None:
+        raise FuseDiskError(f"{replica} is no replica; 'replicator list {replica.parent}' has them")
+    now = time.time()
+    found: list[dict[str, Any]] = [
+        {
+            "id": point.id,
+            "generation": point.generation,
+            "epoch": point.epoch,
+            "time": datetime.fromtimestamp(point.time, UTC).isoformat(timespec="seconds"),
+            "age": max(0.0, round(now - point.time, 3)),
+            "used": point.undo_bytes,
+        }
+        for point in manifest.points
+    ]
+    if as_json:
+        click.echo(json.dumps({"keep": manifest.keep, "points": found}))
+        return
+    for point in found:
+        click.echo(
+            f"{point['id']}: epoch {point['epoch']}, {point['time']}, {point['age']:.0f} s old, "
+            f"{format_size(point['used'])}"
+        )
