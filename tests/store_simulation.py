@@ -74,7 +74,7 @@ class Simulation:
         sizes = [self._rng.choice((4608, 9000, 12288)), self._rng.choice((512, 4096, 8192))]
         self._disks = [ReplicaDisk(f"disk{n}", size, 4096) for n, size in enumerate(sizes)]
         self._source = Source(self._rng, sizes)
-        self._keep = self._rng.choice(("1", "3", "2,2x10s", "2x10s,2x40s"))
+        self._keep = self._rng.choice(("1", "3", "2,3x10s", "2,2x20s"))
         self._now = 1e9
         self._points: dict[int, list[bytes]] = {}
         self._acknowledged: int | None = None
@@ -94,7 +94,7 @@ class Simulation:
             try:
                 with self._opened(self._files) as replica:
                     self._settle(replica)
-                    for _ in range(self._rng.randint(1, 4)):
+                    for _ in range(self._rng.randint(1, 6)):
                         self._pass(replica)
             except Killed:
                 continue
@@ -134,7 +134,7 @@ class Simulation:
         if replica_before_commit:
             replica.apply()
         self._under_way = self._epoch
-        self._now += self._rng.randint(1, 15)
+        self._now += self._rng.randint(1, 5)
         replica.commit(GENERATION, self._epoch, self._now)
         self._acknowledged, self._under_way = self._epoch, None
         self._source.unsent = []
@@ -201,7 +201,7 @@ class Simulation:
         replica.begin(following)
         source.send(replica, source.unsent)
         self._under_way = following
-        replica.commit(GENERATION, following, self._now + self._chance.randint(1, 15))
+        replica.commit(GENERATION, following, self._now + self._chance.randint(1, 5))
         self._acknowledged, self._under_way = following, None
         replica.apply()
         self._check(replica, files)

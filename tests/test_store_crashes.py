@@ -12,7 +12,7 @@ def test_crash_at_every_operation() -> None:
     crashes = 0
     where = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(dir=where) as scratch:
-        for seed in range(1, 25):
+        for seed in range(1, 17):
             simulation = Simulation(Path(scratch), seed)
             simulation.run()
             crashes += simulation.crashes
