@@ -5,7 +5,10 @@ from setuptools import Extension, setup
 
 setup(
     ext_modules=cythonize(
-        [Extension("fusedisk.changemap", ["fusedisk/changemap.pyx"], extra_compile_args=["-O2"])],
+        [
+            Extension(f"fusedisk.{name}", [f"fusedisk/{name}.pyx"], extra_compile_args=["-O2"])
+            for name in ("changemap", "disk", "parked", "datapath")
+        ],
         language_level=3,
     )
 )

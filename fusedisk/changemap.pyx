@@ -18,7 +18,6 @@ closed epoch is complete, because closing waits until nobody announces that epoc
 A crash at any step leaves too many marks at most, never too few: a mark is set before its data.
 """
 
-import errno
 import mmap
 import os
 
@@ -27,11 +26,9 @@ from cpython.buffer cimport PyObject_GetBuffer, PyBuffer_Release, PyBUF_SIMPLE, 
 
 cdef extern from *:
     """
-    #include <errno.h>
     #include <fcntl.h>
     #include <sched.h>
     #include <stdint.h>
-    #include <unistd.h>
 
     static uint64_t fd_load(uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static void fd_store(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
@@ -52,16 +49,6 @@ cdef extern from *:
         while (seen < v && !__atomic_compare_exchange_n(p, &seen, v, 1, __ATOMIC_SEQ_CST,
                                                         __ATOMIC_RELAXED)) { }
     }
-    static int fd_pwrite_all(int fd, const char *data, size_t length, off_t offset)
-    {
-        while (length > 0) {
-            ssize_t n = pwrite(fd, data, length, offset);
-            if (n < 0) { if (errno == EINTR) continue; return errno; }
-            if (n == 0) return ENOSPC;
-            data += n; length -= n; offset += n;
-        }
-        return 0;
-    }
     """
     uint64_t fd_load(uint64_t *p) nogil
     void fd_store(uint64_t *p, uint64_t v) nogil
@@ -71,7 +58,6 @@ cdef extern from *:
     int fd_claim(uint64_t *p, uint64_t v) nogil
     uint32_t fd_load32(const uint32_t *p) nogil
     void fd_max32(uint32_t *p, uint32_t v) nogil
-    int fd_pwrite_all(int fd, const char *data, size_t length, int64_t offset) nogil
     int posix_fallocate(int fd, int64_t offset, int64_t length) nogil
     int sched_yield() nogil
 
@@ -88,10 +74,6 @@ cdef uint64_t GATE_BIT = 1 << 32
 cdef uint64_t FENCE_BIT = 1ULL << 33
 cdef Py_ssize_t SLOT_COUNT = 512
 cdef Py_ssize_t PAGE_MARKS = 1024
-cdef enum:
-    OK = 0
-    GATED = -1
-    FENCED = -2
 
 _CONTROL_MAGIC = b"FDCTRL1\0"
 _MAP_MAGIC = b"FDMAP01\0"
@@ -105,14 +87,72 @@ class Fenced(Exception):
     """The source is fenced: the write must be refused (EROFS)."""
 
 
+cdef inline uint64_t *_slot(char *control, Py_ssize_t i) noexcept nogil:
+    return <uint64_t *>(control + 4096 + 64 * i)
+
+
+cdef int enter(char *control, Py_ssize_t hint, Py_ssize_t *slot, uint32_t *epoch) noexcept nogil:
+    """Announce a writer, in slot ``hint`` where that is free: OK, GATED or FENCED."""
+    # Invariant: after the second load the closer of our epoch sees our slot, or we saw its step.
+    cdef uint64_t word, again
+    cdef uint64_t *shared = <uint64_t *>(control + 64)
+    cdef Py_ssize_t i = hint
+    while True:
+        word = fd_load(shared)
+        if word & FENCE_BIT:
+            return FENCED
+        if word & GATE_BIT:
+            return GATED
+        while not fd_claim(_slot(control, i), word):
+            i += 1
+            if i == SLOT_COUNT:
+                i = 0
+                sched_yield()
+        again = fd_load(shared)
+        if again == word:
+            slot[0] = i
+            epoch[0] = <uint32_t>(word & EPOCH_MASK)
+            return OK
+        fd_store(_slot(control, i), 0)
+
+
+cdef void leave(char *control, Py_ssize_t slot) noexcept nogil:
+    """End an announcement: what was written under it is marked and in the image."""
+    fd_store(_slot(control, slot), 0)
+
+
+cdef int held(char *control) noexcept nogil:
+    """What would become of a writer now: OK, GATED or FENCED."""
+    cdef uint64_t word = fd_load(<uint64_t *>(control + 64))
+    if word & FENCE_BIT:
+        return FENCED
+    return GATED if word & GATE_BIT else OK
+
+
+cdef int raise_marks(
+    const Marks *map, uint32_t epoch, uint64_t offset, uint64_t length
+) noexcept nogil:
+    """Raise the marks that bytes [offset, offset+length) touch to ``epoch``: 0 or an errno."""
+    cdef Py_ssize_t chunk = <Py_ssize_t>(offset // map.chunk_size)
+    cdef Py_ssize_t last = <Py_ssize_t>((offset + length - 1) // map.chunk_size)
+    cdef Py_ssize_t page = -1
+    cdef int failed
+    while chunk <= last:
+        if chunk // PAGE_MARKS != page:
+            page = chunk // PAGE_MARKS
+            if fd_load32(&map.summary[page]) == 0:
+                # Invariant: pages exist before the first store; no room is an errno, no SIGBUS.
+                failed = posix_fallocate(map.fd, map.marks_offset + page * 4096, 4096)
+                if failed:
+                    return failed
+            fd_max32(&map.summary[page], epoch)
+        fd_max32(&map.marks[chunk], epoch)
+        chunk += 1
+    return 0
+
+
 cdef class _Mapping:
     """A shared mapping of a whole file, kept together with a pointer to its first byte."""
-
-    cdef object _map
-    cdef Py_buffer _view
-    cdef char *base
-    cdef readonly bint writable
-    cdef readonly int fd
 
     def __cinit__(self, path, bint writable=False):
         self.fd = -1
@@ -124,7 +164,7 @@ cdef class _Mapping:
         self.base = <char *>self._view.buf
 
     cpdef close(self):
-        """Unmap. Nothing of this object may be in use any more."""
+        """Unmap. Nothing of this object may be in use any more, by no thread."""
         if self.base != NULL:
             self.base = NULL
             PyBuffer_Release(&self._view)
@@ -155,8 +195,6 @@ cdef class Control(_Mapping):
     Raises ValueError when the file is not a control file.
     """
 
-    cdef uint64_t *word
-
     @staticmethod
     def create(path, epoch):
         """Make the control file at ``path`` (replacing none) with ``epoch`` open, 1 or higher."""
@@ -173,9 +211,6 @@ cdef class Control(_Mapping):
         if len(self._map) < PAGE + SLOTS * 64 or self._map[:8] != _CONTROL_MAGIC:
             raise ValueError(f"{path} is not a control file")
         self.word = <uint64_t *>(self.base + 64)
-
-    cdef uint64_t *_slot(self, Py_ssize_t i) noexcept nogil:
-        return <uint64_t *>(self.base + 4096 + 64 * i)
 
     @property
     def epoch(self):
@@ -213,7 +248,7 @@ cdef class Control(_Mapping):
         cdef Py_ssize_t i
         cdef uint64_t seen, limit = epoch
         for i in range(SLOT_COUNT):
-            seen = fd_load(self._slot(i))
+            seen = fd_load(_slot(self.base, i))
             if seen != 0 and (seen & EPOCH_MASK) <= limit:
                 return False
         return True
@@ -234,34 +269,19 @@ cdef class Control(_Mapping):
         else:
             fd_and(self.word, ~FENCE_BIT)
 
-    cdef int _announce(self, Py_ssize_t *slot_out, uint32_t *epoch_out) noexcept nogil:
-        # Invariant: after the second load the closer of our epoch sees our slot, or we saw its step.
-        cdef uint64_t word, again
-        cdef Py_ssize_t i = 0
-        while True:
-            word = fd_load(self.word)
-            if word & FENCE_BIT:
-                return FENCED
-            if word & GATE_BIT:
-                return GATED
-            while not fd_claim(self._slot(i), word):
-                i += 1
-                if i == SLOT_COUNT:
-                    i = 0
-                    sched_yield()
-            again = fd_load(self.word)
-            if again == word:
-                slot_out[0] = i
-                epoch_out[0] = <uint32_t>(word & EPOCH_MASK)
-                return OK
-            fd_store(self._slot(i), 0)
+    def clear_announcements(self):
+        """Withdraw every announcement: those who made them are dead, and so is their I/O."""
+        self._own()
+        cdef Py_ssize_t i
+        for i in range(SLOT_COUNT):
+            fd_store(_slot(self.base, i), 0)
 
     def announce(self):
-        """Announce a writer: (slot, epoch). Raises Gated or Fenced. For tests; see ChangeMap.write."""
+        """Announce a writer: (slot, epoch). Raises Gated or Fenced."""
         self._own()
         cdef Py_ssize_t slot = 0
         cdef uint32_t epoch = 0
-        _raise_held(self._announce(&slot, &epoch))
+        raise_held(enter(self.base, 0, &slot, &epoch))
         return slot, epoch
 
     def withdraw(self, Py_ssize_t slot):
@@ -269,10 +289,11 @@ cdef class Control(_Mapping):
         self._own()
         if not 0 <= slot < SLOT_COUNT:
             raise ValueError(f"slot {slot} is out of range")
-        fd_store(self._slot(slot), 0)
+        fd_store(_slot(self.base, slot), 0)
 
 
-cdef _raise_held(int code):
+def raise_held(int code):
+    """Raise Gated or Fenced where an attempt to announce a writer ended in that."""
     if code == GATED:
         raise Gated
     if code == FENCED:
@@ -284,14 +305,6 @@ cdef class ChangeMap(_Mapping):
 
     Raises ValueError when the file is not a change map or is shorter than its head says.
     """
-
-    cdef readonly uint64_t size
-    cdef readonly uint64_t chunk_size
-    cdef readonly Py_ssize_t chunks
-    cdef uint32_t *summary
-    cdef uint32_t *marks
-    cdef Py_ssize_t _marks_offset
-    cdef Py_ssize_t _pages
 
     @staticmethod
     def create(path, size, chunk_size):
@@ -320,29 +333,15 @@ cdef class ChangeMap(_Mapping):
             or not CHUNK_MIN <= self.chunk_size <= CHUNK_MAX
         ):
             raise ValueError(f"{path} is not a change map")
-        self.chunks, self._pages, self._marks_offset, total = _layout(self.size, self.chunk_size)
+        self.chunks, self._pages, marks_offset, total = _layout(self.size, self.chunk_size)
         if len(self._map) < total:
             raise ValueError(f"{path} is shorter than its head says")
-        self.summary = <uint32_t *>(self.base + 4096)
-        self.marks = <uint32_t *>(self.base + self._marks_offset)
-
-    cdef int _mark(self, uint32_t epoch, uint64_t offset, uint64_t length) noexcept nogil:
-        cdef Py_ssize_t chunk = <Py_ssize_t>(offset // self.chunk_size)
-        cdef Py_ssize_t last = <Py_ssize_t>((offset + length - 1) // self.chunk_size)
-        cdef Py_ssize_t page = -1
-        cdef int failed
-        while chunk <= last:
-            if chunk // PAGE_MARKS != page:
-                page = chunk // PAGE_MARKS
-                if fd_load32(&self.summary[page]) == 0:
-                    # Invariant: pages exist before the first store; no room is an errno, no SIGBUS.
-                    failed = posix_fallocate(self.fd, self._marks_offset + page * 4096, 4096)
-                    if failed:
-                        return failed
-                fd_max32(&self.summary[page], epoch)
-            fd_max32(&self.marks[chunk], epoch)
-            chunk += 1
-        return 0
+        cdef int64_t offset = marks_offset
+        self.map.fd = self.fd
+        self.map.chunk_size = self.chunk_size
+        self.map.summary = <uint32_t *>(self.base + 4096)
+        self.map.marks = <uint32_t *>(self.base + offset)
+        self.map.marks_offset = offset
 
     def _check_range(self, offset, length):
         self._check_open()
@@ -356,45 +355,18 @@ cdef class ChangeMap(_Mapping):
             raise ValueError("the mapping is read-only")
         cdef int failed = 0
         if length:
-            failed = self._mark(epoch, offset, length)
+            failed = raise_marks(&self.map, epoch, offset, length)
         if failed:
             raise OSError(failed, os.strerror(failed))
-
-    def write(self, Control control not None, int fd, const unsigned char[::1] data, offset):
-        """Mark, then write ``data`` at ``offset`` of the image ``fd``, announced throughout.
-
-        Raises Gated or Fenced (nothing was changed), OSError, or ValueError outside the disk.
-        """
-        cdef uint64_t length = data.shape[0]
-        self._check_range(offset, length)
-        if not (self.writable and control.writable):
-            raise ValueError("the mapping is read-only")
-        if length == 0:
-            return
-        control._check_open()
-        cdef int64_t start = offset
-        cdef Py_ssize_t slot = 0
-        cdef uint32_t epoch = 0
-        cdef int result
-        with nogil:
-            result = control._announce(&slot, &epoch)
-            if result == OK:
-                result = self._mark(epoch, start, length)
-                if result == 0:
-                    result = fd_pwrite_all(fd, <const char *>&data[0], length, start)
-                fd_store(control._slot(slot), 0)
-        _raise_held(result)
-        if result:
-            raise OSError(result, os.strerror(result))
 
     def last(self, Py_ssize_t chunk):
         """The epoch of the last write to ``chunk``; 0 when it was never written."""
         self._check_open()
         if not 0 <= chunk < self.chunks:
             raise IndexError(chunk)
-        if fd_load32(&self.summary[chunk // PAGE_MARKS]) == 0:
+        if fd_load32(&self.map.summary[chunk // PAGE_MARKS]) == 0:
             return 0
-        return fd_load32(&self.marks[chunk])
+        return fd_load32(&self.map.marks[chunk])
 
     def count(self, uint32_t since):
         """How many chunks were written after epoch ``since``."""
@@ -402,11 +374,11 @@ cdef class ChangeMap(_Mapping):
         cdef Py_ssize_t page, chunk, end, found = 0
         with nogil:
             for page in range(self._pages):
-                if fd_load32(&self.summary[page]) <= since:
+                if fd_load32(&self.map.summary[page]) <= since:
                     continue
                 end = min((page + 1) * PAGE_MARKS, self.chunks)
                 for chunk in range(page * PAGE_MARKS, end):
-                    found += self.marks[chunk] > since
+                    found += self.map.marks[chunk] > since
         return found
 
     def runs(self, uint32_t since, Py_ssize_t start=0, Py_ssize_t most=65536):
@@ -421,7 +393,7 @@ cdef class ChangeMap(_Mapping):
         cdef Py_ssize_t chunk = start, first = -1, page
         while chunk < self.chunks:
             page = chunk // PAGE_MARKS
-            if fd_load32(&self.summary[page]) <= since:
+            if fd_load32(&self.map.summary[page]) <= since:
                 if first >= 0:
                     found.append((first, chunk - first))
                     first = -1
@@ -429,7 +401,7 @@ cdef class ChangeMap(_Mapping):
                         return found
                 chunk = (page + 1) * PAGE_MARKS
                 continue
-            if fd_load32(&self.marks[chunk]) > since:
+            if fd_load32(&self.map.marks[chunk]) > since:
                 if first < 0:
                     first = chunk
             elif first >= 0:

@@ -8,6 +8,7 @@ import click
 
 from fusedisk import mounting
 from fusedisk.errors import FuseDiskError
+from fusedisk.keeper import survives_crashes
 from fusedisk.replicas import lagging
 from fusedisk.signals import StopSignals
 from fusedisk.status import status as mount_status
@@ -74,6 +75,11 @@ def mount(
     )
     signals = StopSignals()
     mounted = mounting.mount(images, mountpoint, options, signals)
+    if not survives_crashes():
+        click.echo(
+            "fusedisk: Linux is older than 6.9: a crash of the disk server will not be survived",
+            err=True,
+        )
     if mounted.distrust:
         said = f"the change map is not trusted and begins anew: {mounted.distrust}"
         click.echo(f"fusedisk: {said}", err=True)
@@ -94,6 +100,13 @@ def unmount(mountpoint: Path) -> None:
 
 @cli.command()
 @click.argument("mountpoint", type=PATH)
+def upgrade(mountpoint: Path) -> None:
+    """Replace the disk server by one of the installed code; no request fails."""
+    click.echo(f"served by process {mounting.upgrade(mountpoint)}")
+
+
+@cli.command()
+@click.argument("mountpoint", type=PATH)
 @click.option("--json", "as_json", is_flag=True)
 def status(mountpoint: Path, as_json: bool) -> None:
     """Show the disks of a mount and how much of them was written."""
@@ -103,6 +116,10 @@ def status(mountpoint: Path, as_json: bool) -> None:
         return
     fence = ", fenced" if found["fenced"] else ""
     click.echo(f"{found['mountpoint']}: epoch {found['epoch']}{fence}")
+    if found["server"]["pid"] is None:
+        click.echo("  the disk server is down; the keeper is starting another one")
+    if found["keeper"]["pid"] is None:
+        click.echo("  the keeper is gone: a crash of the server would now take the disks away")
     for disk in found["disks"]:
         click.echo(
             f"  {disk['name']}: {disk['size']} bytes, {disk['allocated']} allocated, "

@@ -1,59 +1,40 @@
 """The FUSE namespace: a directory with one regular file per disk, and what is refused in it."""
 
 import errno
-import functools
 import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import pyfuse3
-import trio
 
-from fusedisk.changemap import ChangeMap, Control, Fenced, Gated
+from fusedisk.datapath import FIRST_DISK
 
-T = TypeVar("T")
-
-_FIRST_DISK = int(pyfuse3.ROOT_INODE) + 1
 # Nothing but this server changes names or sizes, so the kernel may keep what it was told.
 _ENTRY_SECONDS = 3600.0
-_GATE_POLL_SECONDS = 0.002
+_ATTRIBUTE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class ServedDisk:
-    """A disk as the server needs it; ``size`` in bytes."""
+class NamedDisk:
+    """A disk's name, its backing image, and its size in bytes."""
 
     name: str
     fd: int
     size: int
-    changes: ChangeMap
 
 
 class DiskFilesystem(pyfuse3.Operations):
-    """Requests of the kernel, answered from the backing images.
+    """Names, attributes and opening. Reads and changes of disks never get here: see datapath."""
 
-    Invariant: data changes only through ChangeMap.write, which marks first.
-    """
-
-    def __init__(
-        self,
-        control: Control,
-        disks: Sequence[ServedDisk],
-        uid: int,
-        gid: int,
-        mode: int,
-        check_lease: Callable[[], None],
-    ) -> None:
+    def __init__(self, disks: Sequence[NamedDisk], uid: int, gid: int, mode: int) -> None:
         super().__init__()
-        self._control = control
-        self._check_lease = check_lease
         self._disks = disks
         self._uid, self._gid, self._mode = uid, gid, mode
 
-    def _disk(self, inode: int) -> ServedDisk:
-        index = inode - _FIRST_DISK
+    def _disk(self, inode: int) -> NamedDisk:
+        index = inode - FIRST_DISK
         if not 0 <= index < len(self._disks):
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._disks[index]
@@ -62,7 +43,7 @@ class DiskFilesystem(pyfuse3.Operations):
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(inode)
         entry.st_uid, entry.st_gid = self._uid, self._gid
-        entry.entry_timeout, entry.attr_timeout = _ENTRY_SECONDS, 0
+        entry.entry_timeout, entry.attr_timeout = _ENTRY_SECONDS, _ATTRIBUTE_SECONDS
         if inode == pyfuse3.ROOT_INODE:
             mode = stat.S_IFDIR | self._mode | (self._mode & 0o444) >> 2
             entry.st_mode = pyfuse3.ModeT(mode)
@@ -86,7 +67,7 @@ class DiskFilesystem(pyfuse3.Operations):
         if parent_inode == pyfuse3.ROOT_INODE:
             for index, disk in enumerate(self._disks):
                 if os.fsencode(disk.name) == name:
-                    return self._attributes(_FIRST_DISK + index)
+                    return self._attributes(FIRST_DISK + index)
             if name in (b".", b".."):
                 return self._attributes(pyfuse3.ROOT_INODE)
         raise pyfuse3.FUSEError(errno.ENOENT)
@@ -116,34 +97,13 @@ class DiskFilesystem(pyfuse3.Operations):
         # The kernel leaves O_TRUNC to open instead of asking setattr, and forgets the size after.
         if flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EPERM)
-        # Only this mount changes the image, so cached pages stay right across opens.
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
-
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        disk = self._disk(fh)
-        if off >= disk.size:
-            return b""
-        length = min(size, disk.size - off)
-        return await _in_thread(_pread_all, disk.fd, length, off)
-
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        disk = self._disk(fh)
-        if off >= disk.size and buf:
-            raise pyfuse3.FUSEError(errno.ENOSPC)
-        data = buf[: disk.size - off]
-        while True:
-            try:
-                await _in_thread(disk.changes.write, self._control, disk.fd, data, off)
-                return len(data)
-            except Fenced:
-                raise pyfuse3.FUSEError(errno.EROFS) from None
-            except Gated:
-                # Held, not failed: reads go on while this task waits.
-                await trio.sleep(_GATE_POLL_SECONDS)
-                await trio.to_thread.run_sync(self._check_lease)
-
-    async def fsync(self, fh: int, datasync: bool) -> None:
-        await _in_thread(os.fdatasync if datasync else os.fsync, self._disk(fh).fd)
+        # Only this mount changes the image, so cached pages stay right across opens. Direct I/O of
+        # a guest stays direct all the way: the kernel then allows its writes side by side.
+        # The handle is the inode, the same in every server of this mount.
+        direct = bool(flags & os.O_DIRECT)
+        return pyfuse3.FileInfo(
+            fh=pyfuse3.FileHandleT(inode), direct_io=direct, keep_cache=not direct
+        )
 
     async def flush(self, fh: int) -> None:
         self._disk(fh)
@@ -166,7 +126,7 @@ class DiskFilesystem(pyfuse3.Operations):
         for index, disk in enumerate(self._disks):
             if index < start_id:
                 continue
-            attributes = self._attributes(_FIRST_DISK + index)
+            attributes = self._attributes(FIRST_DISK + index)
             name = pyfuse3.FileNameT(os.fsencode(disk.name))
             if not pyfuse3.readdir_reply(token, name, attributes, index + 1):
                 return
@@ -181,27 +141,6 @@ class DiskFilesystem(pyfuse3.Operations):
 
     async def access(self, inode: int, mode: int, ctx: object) -> bool:
         return True
-
-
-async def _in_thread(call: Callable[..., T], *args: object) -> T:
-    """Run blocking I/O in a thread; an OSError becomes the errno that the guest sees."""
-    try:
-        return await trio.to_thread.run_sync(call, *args, limiter=_io_limiter())
-    except OSError as error:
-        raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-
-
-@functools.cache
-def _io_limiter() -> trio.CapacityLimiter:
-    return trio.CapacityLimiter(16)
-
-
-def _pread_all(fd: int, length: int, offset: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    if len(data) != length:
-        # The image is shorter than at mount time: an error, never invented zeros.
-        raise OSError(errno.EIO, "the image ended early")
-    return data
 
 
 def _refusing(code: int) -> Callable[..., Awaitable[NoReturn]]:

@@ -4,17 +4,32 @@ Standard library only, and as little as possible: what isn't here cannot take th
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import logging.handlers
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 log = logging.getLogger("fusedisk.keeper")
+
+# Exit status of a server that made room for another one (sysexits.h: EX_TEMPFAIL).
+DRAINED = 75
+
+_RESTART_SECONDS_MAX = 10.0
+_WORKED_SECONDS = 10.0
+# A mount that is gone again by then never had use for a spare server.
+_SPARE_SECONDS = 1.0
+_LONG_SECONDS = 3600.0
+
+# SIGTERM and SIGINT: unmount. SIGUSR1: replace the server by one of the installed code, in order.
+SIGNALS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
 
 class MountFailed(Exception):
@@ -61,6 +76,153 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> str | None:
     return None if result.returncode == 0 else result.stderr.strip()
 
 
+class Server:
+    """A disk server, which has loaded its code and waits for a word before it does anything.
+
+    It reports on a pipe: ``l`` loaded, ``a`` answered a first request.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, device: int, ready: int) -> None:
+        self._reports, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        wait, self._go = os.pipe2(os.O_CLOEXEC)
+        self._said = b""
+        images = [int(x) for x in arguments.images.split(",")]
+        try:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "fusedisk.server"),
+                    *("--state", arguments.state, "--device", str(device), "--go", str(wait)),
+                    *("--ready", str(ready), "--told", str(told), "--images", arguments.images),
+                    *("--uid", arguments.uid, "--gid", arguments.gid, "--mode", arguments.mode),
+                ],
+                pass_fds=[device, ready, told, wait, arguments.lock, *images],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # A Ctrl-C at the terminal is for the keeper, which unmounts in order.
+                start_new_session=True,
+            )
+        finally:
+            os.close(told)
+            os.close(wait)
+
+    def begin(self, *, resume: bool) -> None:
+        """Let it serve."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._go, b"resume" if resume else b"begin")
+
+    def reported(self, letter: bytes) -> bool:
+        """Whether it said this letter."""
+        with contextlib.suppress(BlockingIOError):
+            self._said += os.read(self._reports, 16)
+        return letter in self._said
+
+    def close(self) -> None:
+        """End one that has not begun, and forget one that has ended."""
+        os.close(self._go)
+        self.process.wait()
+        os.close(self._reports)
+
+
+class Keeper:
+    """One mount and its server, which is followed by another when it dies.
+
+    A spare server waits with its code loaded, so that the guest's pause is milliseconds.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, device: int) -> None:
+        self._arguments, self._device = arguments, device
+        self._nowhere = os.open(os.devnull, os.O_WRONLY)
+        self._spare: Server | None = None
+        self._restarts = self._failures = 0
+        self._replace = False
+
+    def run(self) -> int:
+        """Serve until the mount is gone; the exit status."""
+        server = Server(self._arguments, self._device, self._arguments.ready)
+        os.close(self._arguments.ready)
+        while True:
+            begun = time.monotonic()
+            server.begin(resume=self._restarts > 0)
+            self._write_pids(server)
+            status = self._watch(server)
+            worked = server.reported(b"a") or time.monotonic() - begun > _WORKED_SECONDS
+            server.close()
+            if status == 0:
+                break
+            if not survives_crashes() or (self._restarts == 0 and not worked):
+                # Leaving the dead mount would only give every caller ENOTCONN or make it wait.
+                log.error("the disk server ended with status %d", status)
+                unmount(self._arguments.mountpoint, lazy=True)
+                break
+            self._wait_before_restart(status, worked)
+            self._restarts += 1
+            server, self._spare = self._spare or self._make_spare(), None
+        self._drop_spare()
+        log.info("ended")
+        return 0 if status == 0 else 1
+
+    def _make_spare(self) -> Server:
+        return Server(self._arguments, self._device, self._nowhere)
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
+
+    def _watch(self, server: Server) -> int:
+        """Wait for the server's end, meanwhile keeping a spare; its status."""
+        seconds: float = _SPARE_SECONDS
+        while (status := server.process.poll()) is None:
+            caught = signal.sigtimedwait(SIGNALS, seconds)
+            if caught is not None and caught.si_signo in (signal.SIGTERM, signal.SIGINT):
+                self._stop()
+            elif caught is not None and caught.si_signo == signal.SIGUSR1:
+                # The installed code may be newer than what the spare has loaded.
+                self._drop_spare()
+                self._replace = survives_crashes()
+            elif self._spare is None and survives_crashes():
+                self._spare = self._make_spare()
+            if self._replace and self._spare is None:
+                self._spare = self._make_spare()
+            elif self._replace and self._spare is not None and self._spare.reported(b"l"):
+                self._replace = False
+                server.process.send_signal(signal.SIGUSR1)
+            seconds = 0.02 if self._replace else _LONG_SECONDS
+        return status
+
+    def _wait_before_restart(self, status: int, worked: bool) -> None:
+        if status == DRAINED:
+            log.info("the disk server made room for another one")
+            return
+        # Back-off: a server that cannot start is not started in a tight loop.
+        self._failures = 0 if worked else self._failures + 1
+        delay = min(0.05 * 2**self._failures, _RESTART_SECONDS_MAX) if self._failures > 1 else 0.0
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        log.warning("the disk server ended with %s; starting another in %.1f s", how, delay)
+        time.sleep(delay)
+
+    def _write_pids(self, server: Server) -> None:
+        """For `fusedisk status`, which therefore needs no answer from anybody."""
+        pids = {"keeper": os.getpid(), "server": server.process.pid, "restarts": self._restarts}
+        file = Path(self._arguments.state) / "pids.json"
+        scratch = file.with_name("pids.json.new")
+        scratch.write_text(json.dumps(pids))
+        scratch.rename(file)
+
+    def _stop(self) -> None:
+        """Unmount, as far as nobody uses the disks."""
+        failure = unmount(self._arguments.mountpoint)
+        if failure:
+            log.warning("told to stop, but not unmounted: %s", failure)
+
+
+def survives_crashes() -> bool:
+    """Whether this kernel hands out unanswered requests again (FUSE_NOTIFY_RESEND, Linux 6.9)."""
+    version = tuple(int(x) for x in re.findall(r"\d+", os.uname().release)[:2])
+    return version >= (6, 9)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Mount, serve until the mount is gone, and say over ``arguments.ready`` how it began."""
     try:
@@ -68,41 +230,10 @@ def run(arguments: argparse.Namespace) -> int:
     except (MountFailed, OSError) as error:
         os.write(arguments.ready, f"{error}\n".encode())
         return 1
-    inherited = [int(x) for x in arguments.images.split(",")]
     log.info("mounted %s", arguments.mountpoint)
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-P", "-m", "fusedisk.server"),
-            *("--state", arguments.state, "--device", str(device)),
-            *("--ready", str(arguments.ready), "--images", arguments.images),
-            *("--uid", arguments.uid, "--gid", arguments.gid, "--mode", arguments.mode),
-        ],
-        pass_fds=[device, arguments.ready, arguments.lock, *inherited],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # A Ctrl-C at the terminal is for the keeper, which unmounts in order.
-        start_new_session=True,
-    )
-    os.close(arguments.ready)
-    # Read by `fusedisk status`, which therefore needs no answer from anybody.
-    pids = {"keeper": os.getpid(), "server": server.pid}
-    (Path(arguments.state) / "pids.json").write_text(json.dumps(pids))
-
-    def stop(*_: object) -> None:
-        failure = unmount(arguments.mountpoint)
-        if failure:
-            log.warning("told to stop, but not unmounted: %s", failure)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    status = server.wait()
-    if status != 0:
-        # The disk is gone; leaving the dead mount would only give every caller ENOTCONN.
-        log.error("the disk server ended with status %d", status)
-        unmount(arguments.mountpoint, lazy=True)
-    log.info("ended")
-    return 0 if status == 0 else 1
+    # Taken one by one where the keeper waits, so that none interrupts it in the middle of a step.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    return Keeper(arguments, device).run()
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusedisk.changemap import CHUNK_MAX, CHUNK_MIN, Control
+from fusedisk.daemons import read_daemons
 from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.fencing import read_fence
 from fusedisk.image import Image, create_image, open_image
+from fusedisk.keeper import survives_crashes
 from fusedisk.keeper import unmount as fusermount
 from fusedisk.signals import StopSignals
 from fusedisk.state import default_state_dir, lock_state, locked, prepare
 
 _FLUSH_SECONDS_MAX = 600.0
+_UPGRADE_SECONDS_MAX = 60.0
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,26 @@ def _start_keeper(
     for image in images:
         (mountpoint / image.name).stat()
     return keeper
+
+
+def upgrade(mountpoint: Path) -> int:
+    """Replace the server by one of the installed code; return its pid. No request fails.
+
+    Raises FuseDiskError where that cannot be done; then the old server goes on.
+    """
+    state = find_state(mountpoint)
+    if not survives_crashes():
+        raise FuseDiskError("this kernel cannot hand a mount over: Linux 6.9 or newer is needed")
+    before = read_daemons(state)
+    if before.keeper is None:
+        raise FuseDiskError("the keeper is gone; unmount and mount again when the guest is down")
+    os.kill(before.keeper, signal.SIGUSR1)
+    deadline = time.monotonic() + _UPGRADE_SECONDS_MAX
+    while (now := read_daemons(state)).restarts == before.restarts or now.server is None:
+        if time.monotonic() > deadline:
+            raise FuseDiskError(f"the server was not replaced; see the logs in {state}")
+        time.sleep(0.01)
+    return now.server
 
 
 def unmount(mountpoint: Path) -> None:

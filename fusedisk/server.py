@@ -1,57 +1,150 @@
-"""The disk server: answers the kernel's requests until the mount is gone, then records it clean."""
+"""The disk server: answers the kernel's requests until the mount is gone, then records it clean.
+
+Data path threads answer what concerns data (fusedisk.datapath), pyfuse3 the rest. A server that
+died is followed by another one, which goes on with the requests that were not answered.
+"""
 
 import argparse
+import ctypes
 import functools
 import logging
 import logging.handlers
+import math
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pyfuse3
 import trio
 
 from fusedisk.changemap import ChangeMap, Control
-from fusedisk.filesystem import DiskFilesystem, ServedDisk
+from fusedisk.datapath import DataPath
+from fusedisk.disk import Disk
+from fusedisk.filesystem import DiskFilesystem, NamedDisk
 from fusedisk.gate import release_if_abandoned
+from fusedisk.keeper import DRAINED, SIGNALS
 from fusedisk.state import read_mount_record, record_clean
 
 log = logging.getLogger("fusedisk.server")
 
-# Writers held at a closed gate keep a task each, and reads must still find one.
-_TASKS_MAX = 1024
+T = TypeVar("T")
+
+_THREADS = 2
+_SESSION_TASKS_MAX = 16
+_PR_SET_IO_FLUSHER = 57
 
 
-async def _serve(arguments: argparse.Namespace) -> None:
+async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     state: Path = arguments.state
     record = read_mount_record(state)
     control = Control(state / "control", True)
+    # Invariant: the keeper has reaped the server before us, so nobody that announced is left.
+    control.clear_announcements()
     maps = [ChangeMap(state / f"{i}.map", True) for i in range(len(record.disks))]
     fds: list[int] = arguments.images
-    disks = [
-        ServedDisk(disk.name, fd, disk.size, changes)
-        for disk, fd, changes in zip(record.disks, fds, maps, strict=True)
-    ]
-    paths = [Path(disk.path) for disk in record.disks]
+    writeback = os.eventfd(0)
+    path = DataPath(
+        arguments.device,
+        [
+            Disk(control, changes, fd, read_only=record.read_only, writeback=writeback)
+            for fd, changes in zip(fds, maps, strict=True)
+        ],
+        writeback=writeback,
+        on_init=functools.partial(_keep, state / "init"),
+        check_lease=functools.partial(
+            release_if_abandoned, state, control, [Path(disk.path) for disk in record.disks]
+        ),
+        answered=arguments.told,
+    )
     operations = DiskFilesystem(
-        control,
-        disks,
+        [NamedDisk(disk.name, fd, disk.size) for disk, fd in zip(record.disks, fds, strict=True)],
         arguments.uid,
         arguments.gid,
         arguments.mode,
-        functools.partial(release_if_abandoned, state, control, paths),
     )
-    # libfuse 3.3 and later takes a mounted descriptor in place of a mountpoint.
-    pyfuse3.init(operations, f"/dev/fd/{arguments.device}", set())
+    # libfuse 3.3 and later takes a descriptor that speaks FUSE in place of a mountpoint.
+    pyfuse3.init(operations, f"/dev/fd/{path.session.detach()}", set())
     try:
-        os.write(arguments.ready, b"ready\n")
-        os.close(arguments.ready)
-        await pyfuse3.main(min_tasks=4, max_tasks=_TASKS_MAX)
+        unmounted = await _run(path, arguments, resume)
     finally:
         pyfuse3.close(unmount=False)
+    if not unmounted:
+        log.info("drained, for the next server")
+        return DRAINED
     # The kernel has let go of the device: nobody can write any more.
     await trio.to_thread.run_sync(record_clean, state, fds, control, maps)
     log.info("unmounted, clean")
+    return 0
+
+
+async def _run(path: DataPath, arguments: argparse.Namespace, resume: bool) -> bool:
+    """Serve; true at the end of the mount, false when told to make room for another server."""
+    limiter = trio.CapacityLimiter(math.inf)
+    unmounted = True
+
+    async def native(loop: Callable[..., T], *args: object) -> T:
+        return await trio.to_thread.run_sync(loop, *args, limiter=limiter)
+
+    async with trio.open_nursery() as everything:
+        everything.start_soon(pyfuse3.main, 1, _SESSION_TASKS_MAX)
+        try:
+            if resume:
+                await native(path.resume, (arguments.state / "init").read_bytes())
+            everything.start_soon(native, path.relay_replies)
+            os.write(arguments.ready, b"ready\n")
+            os.close(arguments.ready)
+            async with trio.open_nursery() as helpers:
+                helpers.start_soon(native, path.release_parked, _THREADS)
+                helpers.start_soon(native, path.write_back)
+                async with trio.open_nursery() as threads:
+                    signals = await threads.start(_drain_on_signal, path)
+
+                    async def serve(slot: int) -> None:
+                        nonlocal unmounted
+                        unmounted = await native(path.serve, slot)
+
+                    async with trio.open_nursery() as serving:
+                        for slot in range(_THREADS):
+                            serving.start_soon(serve, slot)
+                    signals.cancel()
+                path.stop()
+            while not unmounted and path.relayed:
+                await trio.sleep(0.001)
+        finally:
+            path.stop()
+            path.close()
+        everything.cancel_scope.cancel()
+    return unmounted
+
+
+async def _drain_on_signal(
+    path: DataPath, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.CancelScope() as scope, trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        task_status.started(scope)
+        async for _ in signals:
+            while True:
+                path.stop()
+                await trio.sleep(0.005)
+
+
+def _keep(file: Path, request: bytes) -> None:
+    """Put the kernel's INIT where the next server of this mount finds it."""
+    scratch = file.with_name(file.name + ".new")
+    scratch.write_bytes(request)
+    scratch.rename(file)
+
+
+def _flush_without_deadlock() -> None:
+    """Let writeback of a loop device over this mount make progress when memory is short.
+
+    Without it the kernel may wait for us to answer writes while we wait for memory that those
+    writes would free (kernel: PR_SET_IO_FLUSHER). Needs CAP_SYS_RESOURCE; others do without.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
 def main() -> int:
@@ -60,6 +153,8 @@ def main() -> int:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--device", type=int, required=True)
     parser.add_argument("--ready", type=int, required=True)
+    parser.add_argument("--told", type=int, required=True)
+    parser.add_argument("--go", type=int, required=True)
     parser.add_argument("--images", type=lambda s: [int(x) for x in s.split(",")], required=True)
     parser.add_argument("--uid", type=int, required=True)
     parser.add_argument("--gid", type=int, required=True)
@@ -71,12 +166,20 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(message)s"
     )
+    _flush_without_deadlock()
+    # Only to interrupt a thread that waits for the kernel.
+    signal.signal(signal.SIGUSR2, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    os.write(arguments.told, b"l")
+    word = os.read(arguments.go, 16)
+    if not word:
+        # The keeper is gone, or needs no spare any more.
+        return 0
     try:
-        trio.run(_serve, arguments)
+        return trio.run(_serve, arguments, word == b"resume")
     except Exception:
-        log.exception("the disk server failed; the mount will not be trusted as clean")
+        log.exception("the disk server failed")
         return 1
-    return 0
 
 
 if __name__ == "__main__":

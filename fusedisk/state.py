@@ -5,6 +5,8 @@
     clean.json    the clean mark: present only after a clean unmount, removed before serving
     control       control word and announcements (fusedisk.changemap), made anew by each mount
     N.map         change map of disk N
+    init          the kernel's INIT request, for a server that has to go on after another
+    pids.json     who keeps and serves the mount, and how often the server was started again
 
 A crash at any step leaves no clean mark, so the next mount begins a new generation with empty maps,
 and replicas of an older generation are compared by hash.
@@ -149,6 +151,8 @@ def prepare(
             leftover.unlink()
         for index, disk in enumerate(disks):
             ChangeMap.create(directory / f"{index}.map", disk.size, chunk_size).close()
+    # An INIT request kept from another mount must never be given to a server of this one.
+    (directory / "init").unlink(missing_ok=True)
     (directory / "control").unlink(missing_ok=True)
     Control.create(directory / "control", epoch).close()
     write_durably(directory / "mount.json", msgspec.json.encode(record))

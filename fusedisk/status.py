@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from fusedisk.changemap import ChangeMap, Control
+from fusedisk.daemons import read_daemons
 from fusedisk.errors import FuseDiskError
 from fusedisk.mounting import find_state
 from fusedisk.replicas import committed_epoch, open_maps, read_record, replica_names, reports
@@ -31,13 +30,13 @@ def status(mountpoint: Path) -> dict[str, Any]:
     finally:
         for changes in maps:
             changes.close()
-    pids = _pids(state)
+    daemons = read_daemons(state)
     return {
         "mountpoint": record.mountpoint,
         "epoch": epoch,
         "fenced": fenced,
-        "server": {"pid": pids.get("server"), "restarts": 0},
-        "keeper": {"pid": pids.get("keeper")},
+        "server": {"pid": daemons.server, "restarts": daemons.restarts},
+        "keeper": {"pid": daemons.keeper},
         "disks": disks,
         "replicas": replicas,
     }
@@ -66,20 +65,3 @@ def _disk(disk: Disk, changes: ChangeMap, behind: int) -> dict[str, Any]:
         "chunks": changes.chunks,
         "changed_chunks": changes.count(behind),
     }
-
-
-def _pids(state: Path) -> dict[str, int]:
-    """The daemons that live; empty while they start or where the record is damaged."""
-    try:
-        found = msgspec.json.decode((state / "pids.json").read_bytes(), type=dict[str, int])
-    except (OSError, msgspec.MsgspecError):
-        return {}
-    return {role: pid for role, pid in found.items() if _is_ours(role, pid)}
-
-
-def _is_ours(role: str, pid: int) -> bool:
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return f"fusedisk.{role}".encode() in command

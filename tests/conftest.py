@@ -116,9 +116,21 @@ class Mount:
     def wait_ended(self) -> None:
         wait_for(lambda: not self.daemons(), "the daemons have ended")
 
+    def server(self) -> int:
+        """Process id of the server that serves now, not of the spare one."""
+        found: int = json.loads((self.state / "pids.json").read_text())["server"]
+        return found
+
     def kill_server(self) -> None:
-        (server,) = processes("fusedisk.server", self.state)
-        os.kill(server, signal.SIGKILL)
+        os.kill(self.server(), signal.SIGKILL)
+
+    def crash(self) -> None:
+        """Leave what a crash of the host would leave, as far as the state directory shows it."""
+        for pid in [*processes("fusedisk.keeper", self.state), self.server()]:
+            os.kill(pid, signal.SIGKILL)
+        command = ["fusermount3", "-u", "-z", "--", str(self.mountpoint)]
+        subprocess.run(command, capture_output=True, check=True)
+        self.wait_ended()
 
     def clean_up(self) -> None:
         """Whatever the test did, nothing is mounted or running afterwards."""

@@ -1,14 +1,13 @@
 """The change map against a simple model: never a missed chunk, never one too many."""
 
 import itertools
-import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedisk.changemap import PAGE, ChangeMap, Control, Fenced, Gated
+from fusedisk.changemap import PAGE, ChangeMap, Control
 
 CHUNK = 4096
 SIZES = [1, 4095, 4096, 4097, 10 * 4096 + 17, 3 * 1024 * 4096 + 5]
@@ -91,62 +90,6 @@ def test_an_announced_writer_keeps_its_epoch_open(tmp_path: Path):
     assert not control.quiet(4)
     control.withdraw(late)
     assert control.quiet(4)
-
-
-def test_gate_and_fence_stop_writers_before_they_change_anything(tmp_path: Path):
-    control = Control.create(tmp_path / "control", 1)
-    changes = ChangeMap.create(tmp_path / "map", CHUNK, CHUNK)
-    image = tmp_path / "image"
-    image.write_bytes(bytes(CHUNK))
-    with image.open("r+b") as file:
-        control.set_gate(True)
-        with pytest.raises(Gated):
-            changes.write(control, file.fileno(), b"x", 0)
-        control.set_fence(True)
-        with pytest.raises(Fenced):
-            changes.write(control, file.fileno(), b"x", 0)
-        control.set_fence(False)
-        control.set_gate(False)
-        assert changes.count(0) == 0
-        assert image.read_bytes() == bytes(CHUNK)
-        changes.write(control, file.fileno(), b"x", 5)
-    assert changes.last(0) == 1
-    assert image.read_bytes()[:6] == b"\0" * 5 + b"x"
-    assert control.quiet(1)
-
-
-def test_closing_an_epoch_sees_all_writes_of_many_threads(tmp_path: Path):
-    chunks = 256
-    control = Control.create(tmp_path / "control", 1)
-    changes = ChangeMap.create(tmp_path / "map", chunks * CHUNK, CHUNK)
-    (tmp_path / "image").write_bytes(bytes(chunks * CHUNK))
-    stop = threading.Event()
-
-    def write(worker: int) -> None:
-        with (tmp_path / "image").open("r+b") as file:
-            for n in itertools.count():
-                if stop.is_set():
-                    return
-                chunk = worker + 4 * (n % (chunks // 4))
-                changes.write(control, file.fileno(), b"w", chunk * CHUNK)
-
-    threads = [threading.Thread(target=write, args=(w,)) for w in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(200):
-            closed = control.advance()
-            while not control.quiet(closed):
-                pass
-            # A closed epoch gains no mark: what has one now has it for good, or a newer one.
-            marks = [changes.last(c) for c in range(chunks)]
-            later = [changes.last(c) for c in range(chunks)]
-            for before, after in zip(marks, later, strict=True):
-                assert after == before or after > closed
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_little_written_costs_little(tmp_path: Path):

@@ -61,6 +61,12 @@ def usable(mount: Mount) -> bool:
     return mount.mounted and mount.disk().exists()
 
 
+def stays(command: subprocess.Popen[bytes], image: Path) -> bool:
+    """Whether a mount in the foreground has handed its image over and waits for the unmount."""
+    folder = Path(f"/proc/{command.pid}/fd")
+    return str(image) not in [os.readlink(link) for link in folder.iterdir()]
+
+
 def said(mount: Mount) -> str:
     log = mount.state / "keeper.log"
     return log.read_text() if log.exists() else ""
@@ -75,7 +81,7 @@ def test_foreground_stays_and_unmounts_cleanly_at_a_signal(
 ) -> None:
     mount = fuse(image)
     command = start(mount, "--foreground")
-    wait_for(lambda: usable(mount), "it is mounted")
+    wait_for(lambda: usable(mount) and stays(command, image), "it is mounted")
     pwrite(mount.disk(), b"x", CHUNK)
     assert command.poll() is None
     # As Ctrl-C does it: to the whole process group.
@@ -383,7 +389,7 @@ def test_read_only_needs_no_write_permission(somebody: Callable[..., Somebody]) 
 def test_read_only_opens_the_image_read_only(fuse: MakeMount, image: Path) -> None:
     mount = fuse(image)
     mount.mount("--read-only")
-    (server,) = processes("fusedisk.server", mount.state)
+    server = mount.server()
     modes = []
     for link in Path(f"/proc/{server}/fd").iterdir():
         if os.readlink(link) == str(image):

@@ -1,0 +1,33 @@
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from fusedisk.disk import Disk
+
+FIRST_DISK: Final[int]
+DISKS_MAX: Final[int]
+MAX_WRITE: Final[int]
+
+class DataPath:
+    session: socket.socket
+    def __init__(
+        self,
+        device: int,
+        disks: Sequence[Disk],
+        *,
+        writeback: int,
+        on_init: Callable[[bytes], None],
+        check_lease: Callable[[], None],
+        answered: int = -1,
+    ) -> None: ...
+    def serve(self, slot: int) -> bool: ...
+    def release_parked(self, slot: int) -> None: ...
+    @property
+    def parked_bytes(self) -> int: ...
+    def relay_replies(self) -> None: ...
+    def resume(self, request: bytes) -> None: ...
+    def write_back(self) -> None: ...
+    def stop(self) -> None: ...
+    @property
+    def relayed(self) -> int: ...
+    def close(self) -> None: ...

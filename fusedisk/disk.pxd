@@ -1,0 +1,32 @@
+"""A disk as the data path uses it: plain fields and functions, no interpreter's lock."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from fusedisk.changemap cimport ChangeMap, Control, Marks
+
+cdef enum:
+    HELD = -100000
+
+cdef struct DiskIO:
+    int fd
+    bint read_only
+    uint64_t size
+    char *control
+    Marks marks
+    uint64_t dirty_bytes
+    int writeback
+
+cdef int64_t disk_read(DiskIO *disk, char *into, uint64_t offset, uint64_t length) noexcept nogil
+cdef int64_t disk_write(
+    DiskIO *disk, Py_ssize_t slot, const char *data, uint64_t offset, uint64_t length
+) noexcept nogil
+cdef int64_t disk_zero(
+    DiskIO *disk, Py_ssize_t slot, uint64_t offset, uint64_t length
+) noexcept nogil
+cdef int64_t disk_seek(DiskIO *disk, uint64_t offset, int whence) noexcept nogil
+cdef int64_t disk_flush(DiskIO *disk, bint data_only) noexcept nogil
+
+cdef class Disk:
+    cdef DiskIO io
+    cdef Control _control
+    cdef ChangeMap _changes

@@ -1,0 +1,250 @@
+# cython: boundscheck=False, wraparound=False
+"""One disk: reads, writes, zeroes, seeks and flushes on its backing image, marked before each change.
+
+The functions return a count (or an offset), a negative errno, or HELD while the gate is closed.
+Invariant: whoever changes the image is announced, and the chunks are marked, before the change; so
+whoever closes that epoch afterwards sees the marks and the data.
+"""
+
+import errno
+import os
+
+from libc.errno cimport EIO, EINTR, EINVAL, ENODATA, ENOSPC, ENXIO, EOPNOTSUPP, EROFS
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from fusedisk.changemap cimport (
+    FENCED, GATED, ChangeMap, Control, enter, held, leave, raise_marks,
+)
+
+from fusedisk.changemap import Fenced, Gated
+
+cdef extern from *:
+    """
+    #define _GNU_SOURCE
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <linux/falloc.h>
+    #include <stdint.h>
+    #include <unistd.h>
+
+    static int64_t fd_pread_all(int fd, char *into, uint64_t length, int64_t offset)
+    {
+        uint64_t done = 0;
+        while (done < length) {
+            ssize_t n = pread(fd, into + done, length - done, offset + done);
+            if (n < 0) { if (errno == EINTR) continue; return -errno; }
+            /* The image is shorter than at mount time: an error, never invented zeros. */
+            if (n == 0) return -EIO;
+            done += n;
+        }
+        return done;
+    }
+    static int64_t fd_pwrite_all(int fd, const char *data, uint64_t length, int64_t offset)
+    {
+        uint64_t done = 0;
+        while (done < length) {
+            ssize_t n = pwrite(fd, data + done, length - done, offset + done);
+            if (n < 0) { if (errno == EINTR) continue; return -errno; }
+            if (n == 0) return -ENOSPC;
+            done += n;
+        }
+        return done;
+    }
+    static int fd_punch(int fd, int64_t offset, int64_t length)
+    {
+        int failed;
+        do {
+            failed = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+        } while (failed && errno == EINTR);
+        return failed ? -errno : 0;
+    }
+    static int64_t fd_seek(int fd, int64_t offset, int whence)
+    {
+        /* The shared file offset moves, which nobody uses: all I/O here names its own. */
+        int64_t found = lseek(fd, offset, whence);
+        return found < 0 ? -errno : found;
+    }
+    static int fd_flush(int fd, int data_only)
+    {
+        return (data_only ? fdatasync(fd) : fsync(fd)) ? -errno : 0;
+    }
+    static uint64_t fd_count(uint64_t *sum, uint64_t add)
+    { return __atomic_add_fetch(sum, add, __ATOMIC_RELAXED); }
+    static void fd_reset(uint64_t *sum) { __atomic_store_n(sum, 0, __ATOMIC_RELAXED); }
+    static void fd_wake(int fd)
+    { uint64_t one = 1; ssize_t done = write(fd, &one, sizeof one); (void)done; }
+    """
+    int64_t fd_pread_all(int fd, char *into, uint64_t length, int64_t offset) nogil
+    int64_t fd_pwrite_all(int fd, const char *data, uint64_t length, int64_t offset) nogil
+    int fd_punch(int fd, int64_t offset, int64_t length) nogil
+    int64_t fd_seek(int fd, int64_t offset, int whence) nogil
+    int fd_flush(int fd, int data_only) nogil
+    uint64_t fd_count(uint64_t *sum, uint64_t add) nogil
+    void fd_reset(uint64_t *sum) nogil
+    void fd_wake(int fd) nogil
+    int SEEK_DATA
+    int SEEK_HOLE
+
+# Dirty bytes after which writeback is started, so that no flush meets much more than this.
+cdef uint64_t _WRITEBACK_BYTES = 8 << 20
+
+
+cdef inline int64_t _refusal(int result) noexcept nogil:
+    return HELD if result == GATED else -EROFS
+
+
+cdef int64_t disk_read(DiskIO *disk, char *into, uint64_t offset, uint64_t length) noexcept nogil:
+    """Read up to ``length`` bytes, fewer at the end of the disk."""
+    if offset >= disk.size:
+        return 0
+    return fd_pread_all(disk.fd, into, min(length, disk.size - offset), offset)
+
+
+cdef int64_t disk_write(
+    DiskIO *disk, Py_ssize_t slot, const char *data, uint64_t offset, uint64_t length
+) noexcept nogil:
+    """Mark, then write; fewer bytes at the end of the disk, ENOSPC beyond it."""
+    cdef uint32_t epoch = 0
+    cdef int64_t result
+    if disk.read_only:
+        return -EROFS
+    if length == 0:
+        return 0
+    if offset >= disk.size:
+        return -ENOSPC
+    length = min(length, disk.size - offset)
+    result = enter(disk.control, slot, &slot, &epoch)
+    if result:
+        return _refusal(<int>result)
+    result = -raise_marks(&disk.marks, epoch, offset, length)
+    if result == 0:
+        result = fd_pwrite_all(disk.fd, data, length, offset)
+    leave(disk.control, slot)
+    if result > 0 and fd_count(&disk.dirty_bytes, length) >= _WRITEBACK_BYTES:
+        fd_reset(&disk.dirty_bytes)
+        if disk.writeback >= 0:
+            fd_wake(disk.writeback)
+    return result
+
+
+cdef int64_t disk_zero(
+    DiskIO *disk, Py_ssize_t slot, uint64_t offset, uint64_t length
+) noexcept nogil:
+    """Make holes of the data in a range, which lies inside the disk.
+
+    Only what holds data is marked and punched: a range that is a hole already costs no mark, and
+    a write that lands in it meanwhile counts as the later one.
+    """
+    cdef uint32_t epoch = 0
+    cdef uint64_t at = offset, end = offset + length
+    cdef int64_t data, hole, result
+    if disk.read_only:
+        return -EROFS
+    result = enter(disk.control, slot, &slot, &epoch)
+    if result:
+        return _refusal(<int>result)
+    while at < end:
+        data = fd_seek(disk.fd, at, SEEK_DATA)
+        if data == -ENXIO:
+            break
+        hole = end
+        if data >= 0:
+            hole = fd_seek(disk.fd, data, SEEK_HOLE)
+        if data < 0 or hole < 0:
+            # No map of the holes: everything may be data.
+            data, hole = at, end
+        at = data
+        if at >= end:
+            break
+        hole = min(hole, <int64_t>end)
+        if hole <= data:
+            continue
+        result = -raise_marks(&disk.marks, epoch, at, hole - data)
+        if result == 0:
+            result = fd_punch(disk.fd, data, hole - data)
+        if result:
+            break
+        at = hole
+    leave(disk.control, slot)
+    return result
+
+
+cdef int64_t disk_seek(DiskIO *disk, uint64_t offset, int whence) noexcept nogil:
+    """SEEK_DATA or SEEK_HOLE of the backing image, within the disk's size."""
+    cdef int64_t found
+    if whence != SEEK_DATA and whence != SEEK_HOLE:
+        return -EINVAL
+    if offset >= disk.size:
+        return -ENXIO
+    found = fd_seek(disk.fd, offset, whence)
+    if found == -EINVAL:
+        # A backing without a map of its holes: all of it is data, with a hole at the end.
+        return offset if whence == SEEK_DATA else disk.size
+    if found > <int64_t>disk.size:
+        return disk.size if whence == SEEK_HOLE else -ENXIO
+    return found
+
+
+cdef int64_t disk_flush(DiskIO *disk, bint data_only) noexcept nogil:
+    """Make every completed write durable."""
+    if disk.read_only:
+        return 0
+    return fd_flush(disk.fd, data_only)
+
+
+cdef class Disk:
+    """A backing image (descriptor and size in bytes) with its change map, ready for requests.
+
+    The methods are the data path's functions with Python's types and exceptions: OSError, Gated
+    or Fenced. ``writeback`` is an eventfd that is written to when writeback should begin, or -1.
+    """
+
+    def __cinit__(
+        self, Control control not None, ChangeMap changes not None, int fd, *,
+        bint read_only=False, int writeback=-1,
+    ):
+        if not read_only and not (control.writable and changes.writable):
+            raise ValueError("the mapping is read-only")
+        self._control, self._changes = control, changes
+        self.io.fd, self.io.size = fd, changes.size
+        self.io.read_only = read_only
+        self.io.control = control.base
+        self.io.marks = changes.map
+        self.io.writeback = writeback
+
+    @property
+    def fd(self):
+        """Descriptor of the backing image."""
+        return self.io.fd
+
+    @property
+    def size(self):
+        """Bytes."""
+        return self.io.size
+
+    def write(self, const unsigned char[::1] data, uint64_t offset):
+        """Write; return how many bytes the disk took."""
+        cdef uint64_t length = data.shape[0]
+        cdef int64_t result = 0
+        if length:
+            with nogil:
+                result = disk_write(&self.io, 0, <const char *>&data[0], offset, length)
+        return self._checked(result)
+
+    def zero(self, uint64_t offset, uint64_t length):
+        """Make a range, cut off at the end of the disk, a hole."""
+        cdef int64_t result = 0
+        if offset < self.io.size and length:
+            length = min(length, self.io.size - offset)
+            with nogil:
+                result = disk_zero(&self.io, 0, offset, length)
+        self._checked(result)
+
+    def _checked(self, int64_t result):
+        if result == HELD:
+            raise Gated
+        if result == -EROFS and held(self.io.control) == FENCED:
+            raise Fenced
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return result
