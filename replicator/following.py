@@ -4,13 +4,11 @@ One task converses with the receiver, one reads all the time (replicator.senderl
 the mount, and one writes the note on the replica; all end with `Follower.run`.
 """
 
-import fcntl
 import logging
 import os
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import msgspec
@@ -23,6 +21,7 @@ from replicator.cutover import CutoverOptions, NotConverged, OutcomeUnknown, cut
 from replicator.link import LinkLost
 from replicator.messages import RemoteProtocolError
 from replicator.progress import Progress
+from replicator.rates import Rates
 from replicator.sender import Session
 from replicator.senderlink import Pace, SenderLink
 from replicator.settings import Changes, SenderSettings
@@ -39,27 +38,13 @@ _RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
 _FIRST_CONNECT_SECONDS_MAX = 30.0
 _KEEPALIVE_SECONDS = 5.0
 _MOUNT_POLL_SECONDS = 0.5
+_MEASURE_SECONDS = 1.0
 
 # What ends a link; all but RemoteProtocolError and FuseDiskError may go better the next time.
 _LINK_ENDINGS = (
     *(LinkLost, OSError, trio.TooSlowError, trio.BrokenResourceError),
     *(RemoteProtocolError, FuseDiskError),
 )
-
-
-def lock_replica(state: Path, name: str) -> int:
-    """Make sure that one sender serves a replica. Raises FuseDiskError where one runs."""
-    folder = state / "replicas"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise FuseDiskError(
-            f"replica {name} has a running sender; stop it first, or choose another --name"
-        ) from None
-    return fd
 
 
 class Follower:
@@ -87,6 +72,7 @@ class Follower:
         self._noting = trio.Event()
         self.progress = Progress()
         self.sent = Sent()
+        self.rates = Rates()
         self.state = "connecting"
         self.error: str | None = None
         self.committed: int | None = None
@@ -115,6 +101,7 @@ class Follower:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_note)
+                nursery.start_soon(self._measure)
                 nursery.start_soon(self._watch_mount, nursery.cancel_scope)
                 try:
                     await self._keep_linked()
@@ -139,6 +126,14 @@ class Follower:
             await trio.sleep(_MOUNT_POLL_SECONDS)
         self._unmounted = True
         scope.cancel()
+
+    async def _measure(self) -> None:
+        while True:
+            # Closing an epoch raises the counter, so what is newer than the last one is in this.
+            closed = self._source.control.epoch - 1
+            lag = await trio.to_thread.run_sync(self._source.lag, closed)
+            self.rates.lag(closed, lag.bytes, trio.current_time())
+            await trio.sleep(_MEASURE_SECONDS)
 
     async def _keep_linked(self) -> None:
         while True:
@@ -186,7 +181,10 @@ class Follower:
 
     async def _with_link(self, link: SenderLink) -> None:
         link.on_end = lambda: self._wake.set()
-        session = Session(self._source, link, self._name, self._instance, self.progress, self.sent)
+        session = Session(
+            *(self._source, link, self._name, self._instance),
+            *(self.progress, self.sent, self.rates),
+        )
         session.on_phase = self._set_state
         session.held = lambda: self._hold(session)
         failure: Exception | None = None
@@ -418,6 +416,21 @@ class Follower:
             },
             "epoch": {"current": self._source.control.epoch, "committed": self.committed},
             "sent": msgspec.to_builtins(self.sent),
+            "forecast": self._forecast(lag.bytes, progress),
             "error": error,
             "sender": {"pid": os.getpid()},
         }
+
+    def _forecast(self, lag_bytes: int, progress: Progress) -> dict[str, Any]:
+        standing = None
+        if self.paused or self.state not in ("filling", "comparing", "following", "cutover"):
+            standing = "paused" if self.paused else f"nothing is sent while {self.state}"
+        left = lag_bytes
+        if self.state in ("filling", "comparing"):
+            # What is written meanwhile is for the pass that follows.
+            left = (
+                progress.total
+                - progress.done
+                + self._source.lag(self._source.control.epoch - 1).bytes
+            )
+        return self.rates.report(left, standing=standing)

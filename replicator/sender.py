@@ -13,6 +13,7 @@ from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.link import Link, say_last
 from replicator.progress import Progress
+from replicator.rates import Rates
 from replicator.source import Source
 from replicator.transfers import TransferDigest, differing, pieces, read_transfers
 
@@ -23,11 +24,20 @@ class Session:
     """Sends one replica over one link. ``committed`` is the last epoch the target has durably."""
 
     def __init__(
-        self, source: Source, link: Link, name: str, instance: str, progress: Progress, sent: Sent
+        self,
+        source: Source,
+        link: Link,
+        name: str,
+        instance: str,
+        progress: Progress,
+        sent: Sent,
+        rates: Rates | None = None,
     ) -> None:
         self._source, self._link = source, link
         self._name, self._instance = name, instance
         self._sent = sent
+        self._rates = rates or Rates()
+        self._working_since = trio.current_time()
         self.seed = secrets.randbits(63)
         self._digest = TransferDigest()
         self.progress = progress
@@ -153,7 +163,7 @@ class Session:
                 segments = await self.hashes(disk, offset, length)
                 ranges = await trio.to_thread.run_sync(differing, fd, segments, self.seed)
                 await self._send_ranges(disk, ranges, holes=True, count=False)
-                self.progress.advance(disk, length, trio.current_time())
+                self._advance(disk, length)
         await self._commit(epoch)
 
     async def _close_epoch(self) -> int:
@@ -162,8 +172,15 @@ class Session:
         self._closing = epoch, before
         return epoch
 
+    def _advance(self, disk: int, count: int) -> None:
+        now = trio.current_time()
+        self.progress.advance(disk, count, now)
+        self._rates.sent(count, now - self._working_since)
+        self._working_since = now
+
     async def _begin(self, epoch: int, kind: str) -> None:
         self._digest = TransferDigest()
+        self._working_since = trio.current_time()
         await self._link.send(m.Begin(epoch, kind))  # type: ignore[arg-type]
 
     async def _commit(self, epoch: int) -> None:
@@ -174,6 +191,7 @@ class Session:
         if (answer.generation, answer.epoch) != (generation, epoch):
             raise m.RemoteProtocolError("peer committed another epoch")
         self.committed = epoch
+        self._rates.sent(0, trio.current_time() - self._working_since)
         if self._closing is not None and self._closing[0] == epoch:
             self.closed_at = self._closing[1]
         self.progress.finish()
@@ -199,7 +217,7 @@ class Session:
                 for transfer in transfers:
                     await self._send_transfer(transfer, holes=holes)
                 if count:
-                    self.progress.advance(disk, length, trio.current_time())
+                    self._advance(disk, length)
 
     async def _send_transfer(self, transfer: m.Data | m.Zero, *, holes: bool) -> None:
         if isinstance(transfer, m.Zero):

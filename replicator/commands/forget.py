@@ -8,7 +8,7 @@ import click
 from fusedisk.mounting import find_state
 from fusedisk.state import sync_directory
 from replicator import control
-from replicator.following import lock_replica
+from replicator.senderlock import lock_replica
 
 
 @click.command()

@@ -10,10 +10,11 @@ from fusedisk.units import parse_rate
 from replicator import control
 from replicator.address import parse_address
 from replicator.detaching import detach as run_detached
-from replicator.following import Follower, lock_replica
+from replicator.following import Follower
 from replicator.link import SILENCE_SECONDS_MAX
 from replicator.options import sender_options
 from replicator.running import run_trio, until_signal
+from replicator.senderlock import lock_replica
 from replicator.settings import SenderSettings, check_bandwidth
 from replicator.showing import show
 from replicator.source import Source

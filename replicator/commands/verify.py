@@ -17,13 +17,13 @@ from fusedisk.replicas import Sent, read_record
 from fusedisk.units import parse_size
 from replicator import control
 from replicator.address import parse_address
-from replicator.following import lock_replica
 from replicator.link import Link, LinkLost
 from replicator.messages import RemoteProtocolError
 from replicator.options import sender_options
 from replicator.progress import Progress
 from replicator.running import run_trio
 from replicator.sender import Session
+from replicator.senderlock import lock_replica
 from replicator.source import Source
 from replicator.transport.connecting import connected
 from replicator.transport.settings import Settings
