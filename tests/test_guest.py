@@ -45,8 +45,6 @@ def test_a_guest_sees_no_error_while_its_server_is_killed(
         pid = mount.server()
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda pid=pid: mount.server() != pid, "another server begins")
-        reads = mount.disk().stat().st_size
-        assert reads == 64 << 20, kill
     guest.wait_ended(SECONDS + 120)
     assert "load ended well" in guest.said, guest.said
     assert "discarded" in guest.said
