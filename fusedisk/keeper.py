@@ -231,13 +231,16 @@ def run(arguments: argparse.Namespace) -> int:
         os.write(arguments.ready, f"{error}\n".encode())
         return 1
     log.info("mounted %s", arguments.mountpoint)
-    # Taken one by one where the keeper waits, so that none interrupts it in the middle of a step.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # The end of fusermount3 is no news to the keeper.
+    signal.sigtimedwait({signal.SIGCHLD}, 0)
     return Keeper(arguments, device).run()
 
 
 def main() -> int:
     """Entry point of the background keeper; see fusedisk.mounting for who starts it."""
+    # Taken one by one where the keeper waits, so that none interrupts it in the middle of a step:
+    # a keeper that died between fusermount3 and its answer would leave a mount without a server.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parser = argparse.ArgumentParser(prog="fusedisk.keeper")
     for name in ("--state", "--mountpoint", "--options", "--images", "--uid", "--gid", "--mode"):
         parser.add_argument(name, required=True)

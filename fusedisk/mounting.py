@@ -192,8 +192,16 @@ def _start_keeper(
     if answer != "ready":
         keeper.wait()
         raise FuseDiskError(f"cannot mount: {answer or f'the server failed, see {state}'}")
-    for image in images:
-        (mountpoint / image.name).stat()
+    try:
+        for image in images:
+            (mountpoint / image.name).stat()
+    except OSError as error:
+        # Somebody may have told the keeper to stop at once; what is left of the mount goes too.
+        fusermount(str(mountpoint))
+        keeper.wait()
+        raise FuseDiskError(
+            f"unmounted again before it could be used ({error.strerror}); see the logs in {state}"
+        ) from None
     return keeper
 
 

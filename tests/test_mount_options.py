@@ -174,6 +174,28 @@ def test_interrupted_mount_leaves_nothing_mounted(
         assert not mount.images[0].exists()
 
 
+def test_a_keeper_told_to_stop_while_it_mounts_unmounts_in_order(
+    fuse: MakeMount, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes when the kernel has mounted and the keeper does not know it yet."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "fusermount3"
+    stub.write_text(
+        f'#!/bin/sh\n{shutil.which("fusermount3")} "$@" || exit\n'
+        'case " $* " in *" -u "*) ;; *) kill -TERM $PPID ;; esac\n'
+    )
+    stub.chmod(0o755)
+    mount = fuse(image)
+    monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
+    result = mount.try_mount()
+    if result.returncode:
+        assert_one_line(result)
+    mount.wait_ended()
+    assert not mount.mounted
+    monkeypatch.undo()
+    assert mount.mount() == ""
+
+
 # Owner, mode, other users
 
 
