@@ -166,7 +166,10 @@ def _noted(
         "name": name,
         "address": record.address,
         "state": "stopped" if silent is None else record.state,
-        "progress": progress_entry(sum(todo), 0, 0.0, finished=not any(todo)),
+        "progress": {
+            "phase": None,
+            **progress_entry(sum(todo), 0, 0.0, finished=not any(todo)),
+        },
         "disks": [
             {"name": disk.name, **disk_entry(left, 0, finished=not left)}
             for disk, left in zip(mount.disks, todo, strict=True)

@@ -162,8 +162,8 @@ class Follower:
             left = self._began + _FIRST_CONNECT_SECONDS_MAX - trio.current_time()
             if left <= 0:
                 raise FuseDiskError(
-                    f"cannot reach {self._address} ({self.error}), tried for "
-                    f"{_FIRST_CONNECT_SECONDS_MAX:.0f} s; is the receiver running?"
+                    f"{self.error}; tried for {_FIRST_CONNECT_SECONDS_MAX:.0f} s, is there a "
+                    f"receiver at {self._address}?"
                 )
             delay = min(delay, left)
         self._retry_at = trio.current_time() + delay

@@ -132,6 +132,10 @@ class Link:
 
 
 def _lost(error: Exception) -> LinkLost:
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.strerror and str(cause) in str(error):
+        # trio's sockets quote the whole exception.
+        return LinkLost(f"the connection was lost: {cause.strerror.lower()}")
     # A stream of ours says in its error what became of it; others say nothing of use.
     return LinkLost(str(error) or "the connection was lost")
 

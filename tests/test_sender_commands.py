@@ -64,7 +64,7 @@ def check_entry(entry: dict[str, Any]) -> None:
     """All that the contract promises, in whatever state."""
     for field, kind in FIELDS.items():
         assert isinstance(entry[field], kind), field
-    assert set(entry["progress"]) >= {"total", "done", "percent", "rate", "eta"}
+    assert set(entry["progress"]) == {"phase", "total", "done", "percent", "rate", "eta"}
     assert set(entry["lag"]) == {"bytes", "chunks", "seconds"}
     assert set(entry["epoch"]) == {"current", "committed"}
     assert set(entry["sent"]) == {"bytes", "data_bytes", "zero_bytes"}

@@ -37,7 +37,7 @@ def command(mountpoint: Path, settings: Settings) -> None:
             async with connected(parse_address(record.address), settings) as stream:
                 link = Link(stream, "sender")
                 outcome = await ask_outcome(link, record, source.record.source_id)
-        except (LinkLost, trio.TooSlowError) as error:
+        except (LinkLost, OSError, trio.TooSlowError, trio.BrokenResourceError) as error:
             raise OutcomeUnknown(f"the target cannot be asked ({error}); try again") from None
         settle(source, images, record, outcome)
         click.echo(outcome)

@@ -40,12 +40,38 @@ async def connected(address: Address, settings: Settings) -> AsyncIterator[trio.
         async with processes.running(command, "exec", _explain_exec, own_session=True) as stream:
             yield stream
     else:
-        with trio.fail_after(_CONNECT_SECONDS_MAX):
-            connection = await _connect(address, settings)
+        connection = await _reach(address, settings)
         try:
             yield connection
         finally:
             await trio.aclose_forcefully(connection)
+
+
+async def _reach(
+    address: TcpAddress | TlsAddress | UnixAddress | FdAddress, settings: Settings
+) -> trio.abc.Stream:
+    try:
+        with trio.fail_after(_CONNECT_SECONDS_MAX):
+            return await _connect(address, settings)
+    except trio.TooSlowError:
+        why = f"no answer within {_CONNECT_SECONDS_MAX:.0f} s"
+    except OSError as error:
+        why = _reason(error)
+    raise OSError(f"cannot reach {address}: {why}")
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, from below what trio put around it."""
+    while not isinstance(error, OSError) or error.errno is None:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            return str(error)
+    # Negative numbers are those of name resolution.
+    text = os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    return text[:1].lower() + text[1:]
 
 
 async def _connect(
