@@ -1,13 +1,11 @@
 """The ``fusedisk`` command."""
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
-from fusedisk import mounting
-from fusedisk.errors import FuseDiskError
+from fusedisk import commandline, mounting
 from fusedisk.keeper import survives_crashes
 from fusedisk.replicas import lagging
 from fusedisk.signals import StopSignals
@@ -129,17 +127,4 @@ def status(mountpoint: Path, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: an error is one line and its exit status."""
-    try:
-        sys.exit(cli.main(prog_name="fusedisk", standalone_mode=False))
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        click.echo(f"fusedisk: {error.format_message()}", err=True)
-        sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("fusedisk: interrupted", err=True)
-        sys.exit(1)
-    except FuseDiskError as error:
-        click.echo(f"fusedisk: {error}", err=True)
-        sys.exit(error.exit_code)
+    commandline.run("fusedisk", cli)

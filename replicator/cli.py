@@ -3,10 +3,10 @@
 import importlib
 import logging
 import pkgutil
-import sys
 
 import click
 
+from fusedisk import commandline
 from fusedisk.errors import FuseDiskError
 from replicator import commands
 from replicator.running import first_error
@@ -38,10 +38,9 @@ def cli() -> None:
 def main() -> None:
     """Entry point: an error is one line and its exit status."""
     try:
-        cli.main(prog_name="replicator")
-    except BaseException as error:
-        found = first_error(error) if isinstance(error, BaseExceptionGroup) else error
-        if not isinstance(found, FuseDiskError):
+        commandline.run("replicator", cli)
+    except BaseExceptionGroup as group:
+        error = first_error(group)
+        if not isinstance(error, FuseDiskError):
             raise
-        click.echo(f"replicator: {found}", err=True)
-        sys.exit(found.exit_code)
+        commandline.fail("replicator", str(error), error.exit_code)

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -8,6 +9,20 @@ from typing import Any, TypeAlias
 import click
 
 from replicator.transport.settings import REMOTE_COMMAND, Settings
+
+
+class Seconds(click.FloatRange):
+    """A time in seconds from ``min`` to ``max``."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number; a range lets what is none through, since it is not less than anything."""
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a time", param, ctx)
+        return number
+
 
 Command: TypeAlias = Callable[..., None]
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import allocated_bytes
 from replicator.files import Files
-from replicator.manifest import PRIVATE_DIRECTORY, State, read_manifest
+from replicator.manifest import PRIVATE_DIRECTORY, Manifest, State, read_manifest
 from replicator.retention import parse_policy
 
 _REPLICA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -45,6 +45,20 @@ def check_replica_name(name: str) -> None:
             f"replica name {name[:80]!r} is not usable; use 1 to 64 letters, digits, '.', '_' "
             "and '-', beginning with a letter or digit"
         )
+
+
+def require_replica(directory: Path) -> Manifest:
+    """The manifest of the replica in STORE/NAME, which may be in use; FuseDiskError if it is none.
+
+    Nothing is made or locked.
+    """
+    check_replica_name(directory.name)
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise FuseDiskError(
+            f"{directory} is no replica; 'replicator list {directory.parent}' has them"
+        )
+    return manifest
 
 
 class ReplicaBusy(FuseDiskError):

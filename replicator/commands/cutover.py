@@ -13,13 +13,14 @@ from fusedisk.mounting import find_state
 from fusedisk.replicas import read_record
 from replicator import control
 from replicator.cutover import CutoverOptions
+from replicator.options import Seconds
 from replicator.settings import MAX_DOWNTIME_MS
 
 
 @click.command()
 @click.option("--name")
 @click.option("--max-downtime", type=click.IntRange(1, 3600_000), metavar="MS")
-@click.option("--timeout", default=60.0, type=click.FloatRange(0.1, 86400), metavar="SECONDS")
+@click.option("--timeout", default=60.0, type=Seconds(0.1, 86400), metavar="SECONDS")
 @click.option("--before", metavar="CMD", help="Pauses the guest; failing means rollback.")
 @click.option("--after", metavar="CMD", help="Runs once the replica is promoted.")
 @click.option("--json", "as_json", is_flag=True)

@@ -8,10 +8,8 @@ from typing import Any
 
 import click
 
-from fusedisk.errors import FuseDiskError
 from fusedisk.units import format_size
-from replicator.manifest import read_manifest
-from replicator.store import check_replica_name
+from replicator.store import require_replica
 
 
 @click.command()
@@ -19,10 +17,7 @@ from replicator.store import check_replica_name
 @click.argument("replica", metavar="STORE/NAME", type=click.Path(path_type=Path, file_okay=False))
 def command(replica: Path, as_json: bool) -> None:
     """List the recovery points of a replica, oldest first."""
-    check_replica_name(replica.name)
-    manifest = read_manifest(replica)
-    if manifest is None:
-        raise FuseDiskError(f"{replica} is no replica; 'replicator list {replica.parent}' has them")
+    manifest = require_replica(replica)
     now = time.time()
     found: list[dict[str, Any]] = [
         {

@@ -10,7 +10,7 @@ from fusedisk.units import format_size
 from replicator.points import PointView
 from replicator.replica import Replica
 from replicator.restore import restore
-from replicator.store import Store
+from replicator.store import Store, require_replica
 
 
 @click.command()
@@ -19,6 +19,7 @@ from replicator.store import Store
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 def command(replica: Path, directory: Path, point: int | None) -> None:
     """Copy the disks of a replica, as they were at a point, to DIR; run again it goes on."""
+    require_replica(replica)
     with Store(replica.parent) as store, Replica.load(store, replica.name) as opened:
         manifest = opened.manifest
         if manifest.state == "promoted":

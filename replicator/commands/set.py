@@ -9,13 +9,14 @@ from fusedisk.errors import UsageError
 from fusedisk.mounting import find_state
 from fusedisk.units import parse_rate
 from replicator import control
+from replicator.options import Seconds
 from replicator.settings import Changes, check_bandwidth
 
 
 @click.command()
 @click.option("--name")
 @click.option("--bandwidth", metavar="RATE", help="Bytes a second, e.g. 10MiB; none: no limit.")
-@click.option("--rpo", type=click.FloatRange(0.1, 86400), metavar="SECONDS")
+@click.option("--rpo", type=Seconds(0.1, 86400), metavar="SECONDS")
 @click.option("--max-downtime", type=click.IntRange(1, 3600_000), metavar="MS")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def command(

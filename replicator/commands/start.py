@@ -6,13 +6,14 @@ from pathlib import Path
 import click
 import trio
 
+from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.units import parse_rate
 from replicator import control
 from replicator.address import parse_address
 from replicator.detaching import detach as run_detached
 from replicator.following import Follower
 from replicator.link import SILENCE_SECONDS_MAX
-from replicator.options import sender_options
+from replicator.options import Seconds, sender_options
 from replicator.running import run_trio, until_signal
 from replicator.senderlock import lock_replica
 from replicator.settings import SenderSettings, check_bandwidth
@@ -27,12 +28,12 @@ from replicator.transport.settings import Settings
 @click.option("--name", help="The replica's name; default: the mountpoint's last component.")
 @click.option("--once", is_flag=True, help="End when nothing is left to send.")
 @click.option("--detach", is_flag=True, help="Go into the background; the log is in the state.")
-@click.option("--rpo", default=5.0, type=click.FloatRange(0.1, 86400), show_default=True)
+@click.option("--rpo", default=5.0, type=Seconds(0.1, 86400), show_default=True)
 @click.option("--bandwidth", default="none", metavar="RATE", help="Bytes a second, e.g. 10MiB.")
 @click.option(
     "--link-timeout",
     default=SILENCE_SECONDS_MAX,
-    type=click.FloatRange(2, 3600),
+    type=Seconds(2, 3600),
     show_default=True,
     metavar="SECONDS",
     help="A receiver that is silent for longer is gone; connect again.",
@@ -53,7 +54,10 @@ def command(
 ) -> None:
     """Replicate all disks of a mount, in the foreground."""
     name = name or mountpoint.resolve().name
-    check_replica_name(name)
+    try:
+        check_replica_name(name)
+    except FuseDiskError as error:
+        raise UsageError(f"{error}; give another --name") from None
     target = parse_address(address)
     check_target(target)
     wanted = SenderSettings(rpo_seconds=rpo, once=once, silence_seconds_max=link_timeout)
