@@ -9,6 +9,7 @@ cdef enum:
 
 cdef int enter(char *control, Py_ssize_t hint, Py_ssize_t *slot, uint32_t *epoch) noexcept nogil
 cdef void leave(char *control, Py_ssize_t slot) noexcept nogil
+cdef bint quiet(const char *control, uint32_t epoch) noexcept nogil
 cdef int held(char *control) noexcept nogil
 
 cdef struct Marks:

@@ -5,6 +5,7 @@ Two kinds of file, both little endian and local to one host:
 
 control file   offset 0   8 bytes magic ``FDCTRL1\\0``
                offset 64  u64 control word: bits 0-31 epoch, bit 32 gate, bit 33 fence
+               offset 72 and from 1024 on: open captures (fusedisk.capture)
                offset 4096, one slot every 64 bytes (a cache line): u64 announced word, 0 = free
 map file       offset 0   8 bytes magic ``FDMAP01\\0``, u64 disk size, u64 chunk size (bytes)
                offset 4096 u32 summary[pages]: the highest mark in each page of marks; 0 = the page
@@ -129,6 +130,17 @@ cdef int held(char *control) noexcept nogil:
     return GATED if word & GATE_BIT else OK
 
 
+cdef bint quiet(const char *control, uint32_t epoch) noexcept nogil:
+    """Whether no writer announces ``epoch`` or an older one."""
+    cdef Py_ssize_t i
+    cdef uint64_t seen
+    for i in range(SLOT_COUNT):
+        seen = fd_load(_slot(<char *>control, i))
+        if seen != 0 and (seen & EPOCH_MASK) <= epoch:
+            return False
+    return True
+
+
 cdef int raise_marks(
     const Marks *map, uint32_t epoch, uint64_t offset, uint64_t length
 ) noexcept nogil:
@@ -245,13 +257,7 @@ cdef class Control(_Mapping):
     def quiet(self, epoch):
         """Whether no writer announces ``epoch`` or an older one."""
         self._check_open()
-        cdef Py_ssize_t i
-        cdef uint64_t seen, limit = epoch
-        for i in range(SLOT_COUNT):
-            seen = fd_load(_slot(self.base, i))
-            if seen != 0 and (seen & EPOCH_MASK) <= limit:
-                return False
-        return True
+        return quiet(self.base, epoch)
 
     def set_gate(self, closed):
         """Close or open the gate. Writes in flight end by themselves: see :meth:`quiet`."""
@@ -367,6 +373,17 @@ cdef class ChangeMap(_Mapping):
         if fd_load32(&self.map.summary[chunk // PAGE_MARKS]) == 0:
             return 0
         return fd_load32(&self.map.marks[chunk])
+
+    def newer(self, Py_ssize_t first, Py_ssize_t count, uint32_t since):
+        """Those of ``count`` chunks from ``first`` on that were written after epoch ``since``."""
+        self._check_open()
+        if not 0 <= first <= first + count <= self.chunks:
+            raise IndexError(first)
+        return [
+            chunk for chunk in range(first, first + count)
+            if fd_load32(&self.map.summary[chunk // PAGE_MARKS]) > since
+            and fd_load32(&self.map.marks[chunk]) > since
+        ]
 
     def count(self, uint32_t since):
         """How many chunks were written after epoch ``since``."""

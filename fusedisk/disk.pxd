@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fusedisk.capture cimport Spills
 from fusedisk.changemap cimport ChangeMap, Control, Marks
 
 cdef enum:
@@ -10,9 +11,11 @@ cdef enum:
 cdef struct DiskIO:
     int fd
     bint read_only
+    uint32_t index
     uint64_t size
     char *control
     Marks marks
+    Spills spills
     uint64_t dirty_bytes
     int writeback
 

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from fusedisk.changemap import ChangeMap, Control
 
 class Disk:
@@ -9,6 +11,8 @@ class Disk:
         *,
         read_only: bool = False,
         writeback: int = -1,
+        index: int = 0,
+        spills: Sequence[int] = (),
     ) -> None: ...
     @property
     def fd(self) -> int: ...

@@ -12,6 +12,7 @@ import os
 from libc.errno cimport EIO, EINTR, EINVAL, ENODATA, ENOSPC, ENXIO, EOPNOTSUPP, EROFS
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fusedisk.capture cimport CAPTURES_MAX, captures_open, preserve
 from fusedisk.changemap cimport (
     FENCED, GATED, ChangeMap, Control, enter, held, leave, raise_marks,
 )
@@ -100,6 +101,18 @@ cdef int64_t disk_read(DiskIO *disk, char *into, uint64_t offset, uint64_t lengt
     return fd_pread_all(disk.fd, into, min(length, disk.size - offset), offset)
 
 
+cdef inline int64_t _mark(
+    DiskIO *disk, uint32_t epoch, uint64_t offset, uint64_t length
+) noexcept nogil:
+    """What comes before every change, under an announcement: copies for captures, then marks."""
+    if captures_open(disk.control):
+        preserve(
+            disk.control, &disk.spills, disk.index, &disk.marks, disk.fd, disk.size, epoch, offset,
+            length,
+        )
+    return -raise_marks(&disk.marks, epoch, offset, length)
+
+
 cdef int64_t disk_write(
     DiskIO *disk, Py_ssize_t slot, const char *data, uint64_t offset, uint64_t length
 ) noexcept nogil:
@@ -116,7 +129,7 @@ cdef int64_t disk_write(
     result = enter(disk.control, slot, &slot, &epoch)
     if result:
         return _refusal(<int>result)
-    result = -raise_marks(&disk.marks, epoch, offset, length)
+    result = _mark(disk, epoch, offset, length)
     if result == 0:
         result = fd_pwrite_all(disk.fd, data, length, offset)
     leave(disk.control, slot)
@@ -159,7 +172,7 @@ cdef int64_t disk_zero(
         hole = min(hole, <int64_t>end)
         if hole <= data:
             continue
-        result = -raise_marks(&disk.marks, epoch, at, hole - data)
+        result = _mark(disk, epoch, at, hole - data)
         if result == 0:
             result = fd_punch(disk.fd, data, hole - data)
         if result:
@@ -197,11 +210,12 @@ cdef class Disk:
 
     The methods are the data path's functions with Python's types and exceptions: OSError, Gated
     or Fenced. ``writeback`` is an eventfd that is written to when writeback should begin, or -1.
+    ``index`` is the disk's place in the mount, ``spills`` come from fusedisk.capture.open_spills.
     """
 
     def __cinit__(
         self, Control control not None, ChangeMap changes not None, int fd, *,
-        bint read_only=False, int writeback=-1,
+        bint read_only=False, int writeback=-1, uint32_t index=0, spills=(),
     ):
         if not read_only and not (control.writable and changes.writable):
             raise ValueError("the mapping is read-only")
@@ -211,6 +225,9 @@ cdef class Disk:
         self.io.control = control.base
         self.io.marks = changes.map
         self.io.writeback = writeback
+        self.io.index = index
+        for i in range(CAPTURES_MAX):
+            self.io.spills.fds[i] = spills[i] if spills else -1
 
     @property
     def fd(self):

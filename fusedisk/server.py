@@ -20,6 +20,7 @@ from typing import TypeVar
 import pyfuse3
 import trio
 
+from fusedisk.capture import end_abandoned, open_spills
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.datapath import DataPath
 from fusedisk.disk import Disk
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 _THREADS = 2
 _SESSION_TASKS_MAX = 16
+_CAPTURE_SECONDS = 1.0
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -46,11 +48,20 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     maps = [ChangeMap(state / f"{i}.map", True) for i in range(len(record.disks))]
     fds: list[int] = arguments.images
     writeback = os.eventfd(0)
+    spills = open_spills(str(state))
     path = DataPath(
         arguments.device,
         [
-            Disk(control, changes, fd, read_only=record.read_only, writeback=writeback)
-            for fd, changes in zip(fds, maps, strict=True)
+            Disk(
+                control,
+                changes,
+                fd,
+                read_only=record.read_only,
+                writeback=writeback,
+                index=index,
+                spills=spills,
+            )
+            for index, (fd, changes) in enumerate(zip(fds, maps, strict=True))
         ],
         writeback=writeback,
         on_init=functools.partial(_keep, state / "init"),
@@ -68,7 +79,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     # libfuse 3.3 and later takes a descriptor that speaks FUSE in place of a mountpoint.
     pyfuse3.init(operations, f"/dev/fd/{path.session.detach()}", set())
     try:
-        unmounted = await _run(path, arguments, resume)
+        unmounted = await _run(path, arguments, control, resume)
     finally:
         pyfuse3.close(unmount=False)
     if not unmounted:
@@ -80,7 +91,9 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     return 0
 
 
-async def _run(path: DataPath, arguments: argparse.Namespace, resume: bool) -> bool:
+async def _run(
+    path: DataPath, arguments: argparse.Namespace, control: Control, resume: bool
+) -> bool:
     """Serve; true at the end of the mount, false when told to make room for another server."""
     limiter = trio.CapacityLimiter(math.inf)
     unmounted = True
@@ -94,6 +107,7 @@ async def _run(path: DataPath, arguments: argparse.Namespace, resume: bool) -> b
             if resume:
                 await native(path.resume, (arguments.state / "init").read_bytes())
             everything.start_soon(native, path.relay_replies)
+            everything.start_soon(_watch_captures, str(arguments.state), control)
             os.write(arguments.ready, b"ready\n")
             os.close(arguments.ready)
             async with trio.open_nursery() as helpers:
@@ -129,6 +143,13 @@ async def _drain_on_signal(
             while True:
                 path.stop()
                 await trio.sleep(0.005)
+
+
+async def _watch_captures(state: str, control: Control) -> None:
+    """Take captures away from readers that died: the guest makes copies for nobody."""
+    while True:
+        await trio.sleep(_CAPTURE_SECONDS)
+        end_abandoned(state, control)
 
 
 def _keep(file: Path, request: bytes) -> None:
