@@ -27,6 +27,7 @@ the file is its lease: a capture whose reader died is ended by the server.
 - A server that is killed leaves copies without marks at most, so captures outlive it.
 """
 
+import errno
 import fcntl
 import os
 import secrets
@@ -357,50 +358,65 @@ cdef class Capture:
         """Bytes at which the capture is given up."""
         return self._capture.limit * (_HEAD + self._chunk_size)
 
-    def passed(self, uint32_t disk, uint64_t chunk):
-        """Say that all chunks before this one have been read, so that no copies are made of them."""
-        fd_put(&self._capture.cursor, <uint64_t>disk << 48 | chunk)
+    def runs(self, ChangeMap changes not None, int disk):
+        """Runs (first, count) of the chunks of a disk that the capture consists of.
 
-    def read(self, ChangeMap changes not None, int disk, int image, uint64_t first, uint64_t count):
-        """The captured state of ``count`` chunks: a list of (first chunk, bytes or None).
-
-        Chunks that were not part of the capture are left out; None stands for a chunk of zeros.
-        Neighbours come in one piece. To be believed only if :attr:`intact` afterwards. Raises
-        OSError.
+        Call it when :meth:`closed`. To be believed only if :attr:`intact` afterwards.
         """
-        cdef uint64_t start = first * self._chunk_size
-        cdef uint64_t length = min(count * self._chunk_size, changes.size - start)
-        data = _read_all(image, length, start)
-        # Invariant: the marks are looked at after the data was read. Whoever overwrote it marked it
-        # before, and had copied it before that.
-        newer = changes.newer(first, count, self.epoch)
-        if not newer:
-            return [(first, data)]
-        return self._mend(data, disk, first, count, set(newer))
-
-    def _mend(self, bytes data, int disk, uint64_t first, uint64_t count, newer):
-        found = []
-        view = memoryview(data)
+        # In this order: a chunk written meanwhile that was no part of the capture is then newer. A
+        # newer chunk belongs to the capture if there is a copy, which was made before its mark.
+        changed = _runs(changes, self._capture.since)
+        newer = _runs(changes, self._capture.epoch)
         self._scan()
-        begun = None
-        for chunk in range(first, first + count + 1):
-            if chunk < first + count and chunk not in newer:
-                begun = chunk if begun is None else begun
-                continue
-            if begun is not None:
-                low, high = (begun - first) * self._chunk_size, (chunk - first) * self._chunk_size
-                found.append((begun, view[low:high]))
-                begun = None
-            if chunk < first + count:
-                record = self._found.get((disk, chunk))
-                if record is not None:
-                    found.append((chunk, self._spilled(*record)))
+        found, at = [], 0
+        for first, count in changed:
+            begun, end = first, first + count
+            while at < len(newer) and newer[at][0] + newer[at][1] <= first:
+                at += 1
+            here = at
+            while here < len(newer) and newer[here][0] < end:
+                low, high = max(first, newer[here][0]), min(end, newer[here][0] + newer[here][1])
+                for chunk in range(low, high):
+                    if (disk, chunk) not in self._found:
+                        if chunk > begun:
+                            found.append((begun, chunk - begun))
+                        begun = chunk + 1
+                here += 1
+            if begun < end:
+                found.append((begun, end - begun))
         return found
 
-    def _spilled(self, uint64_t record, uint32_t flags, uint64_t length):
+    def fill(self, ChangeMap changes not None, int disk, int image, buffer, uint64_t offset):
+        """Fill a writable buffer with captured bytes from ``offset`` on, all of :meth:`runs`.
+
+        Call it in the order of disks and offsets: no copies are made of what was read. To be
+        believed only if :attr:`intact` afterwards. Raises OSError.
+        """
+        view = memoryview(buffer)
+        cdef uint64_t end = offset + len(view)
+        cdef uint64_t size = self._chunk_size, low, high
+        _read_into(image, view, offset)
+        # Invariant: the marks are looked at after the data was read. Whoever overwrote it marked it
+        # before, and had copied it before that.
+        newer = changes.newer(offset // size, (end - 1) // size - offset // size + 1, self.epoch)
+        if newer:
+            self._scan()
+        for chunk in newer:
+            low, high = max(offset, chunk * size), min(end, (chunk + 1) * size)
+            self._take_copy(disk, chunk, view[low - offset:high - offset], low - chunk * size)
+        fd_put(&self._capture.cursor, <uint64_t>disk << 48 | end // size)
+
+    def _take_copy(self, int disk, uint64_t chunk, view, uint64_t skip):
+        record = self._found.get((disk, chunk))
+        if record is None:
+            # Given up, or read out of order: either way this is not the captured state.
+            fd_put(&self._capture.state, _GIVEN_UP)
+            return
+        index, flags = record
         if flags & _ZERO:
-            return None
-        return _read_all(self._spill, length, record * (_HEAD + self._chunk_size) + _HEAD)
+            view[:] = bytes(len(view))
+        else:
+            _read_into(self._spill, view, index * (_HEAD + self._chunk_size) + _HEAD + skip)
 
     def _scan(self):
         """Take note of records that came since; one that is being written is nobody's yet."""
@@ -418,7 +434,7 @@ cdef class Capture:
             ):
                 gap = True
                 continue
-            self._found.setdefault((head.disk, head.chunk), (record, head.flags, head.length))
+            self._found.setdefault((head.disk, head.chunk), (record, head.flags))
             if not gap:
                 self._scanned = record + 1
 
@@ -431,19 +447,27 @@ cdef class Capture:
             self._spill = -1
 
     def __dealloc__(self):
+        # That gives up the lease; the mapping may be gone already.
         if self._spill >= 0:
-            _end_capture(self._control.base, self._index)
             os.close(self._spill)
 
 
-def _read_all(fd, length, offset):
-    data = os.pread(fd, length, offset)
-    while len(data) < length:
-        more = os.pread(fd, length - len(data), offset + len(data))
-        if not more:
-            raise OSError(5, f"the image ended at {offset + len(data)}, before its size")
-        data += more
-    return data
+def _runs(changes, since):
+    """All runs of chunks written after ``since``, however many."""
+    start, found = 0, []
+    while runs := changes.runs(since, start):
+        found += runs
+        first, count = runs[len(runs) - 1]
+        start = first + count
+    return found
+
+
+def _read_into(fd, view, offset):
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise OSError(errno.EIO, f"the image ends at byte {offset}, before its size")
+        view, offset = view[count:], offset + count
 
 
 def open_spills(state):
