@@ -139,7 +139,7 @@ def test_captures_of_several_replicas_keep_to_themselves(disks: Disks) -> None:
     two = disks.capture(0)
     three = disks.capture(one.epoch)
     disk.write(b"3", 0)
-    for capture, since, content in ((one, 0, b"1"), (two, 0, b"2"), (three, one.epoch, b"2")):
+    for capture, content in ((one, b"1"), (two, b"2"), (three, b"2")):
         assert disks.read(capture)[0][0][:1] == content
         assert capture.intact
     one.close()
