@@ -177,6 +177,7 @@ def _noted(
         "lag": {"bytes": lag.bytes, "chunks": lag.chunks, "seconds": seconds},
         "epoch": {"current": epoch, "committed": committed},
         "sent": msgspec.to_builtins(record.sent),
+        "cutover": None,
         "error": error or (SILENT if silent else None),
         "sender": silent["sender"] if silent else None,
     }

@@ -16,8 +16,9 @@ import trio
 from fusedisk.controlclient import REQUEST_BYTES_MAX, SILENT, ask_sender, short_path
 from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.replicas import replica_names
-from replicator.cutover import CutoverOptions, OutcomeUnknown
+from replicator.cutover import CutoverOptions
 from replicator.following import Follower
+from replicator.handover import OutcomeUnknown
 from replicator.settings import Changes
 from replicator.verify import VerifyOptions
 
@@ -105,7 +106,13 @@ async def _cutover(follower: Follower, rest: bytes) -> dict[str, Any]:
         return await follower.cut_over(_decode(rest, CutoverOptions))
     except FuseDiskError as error:
         outcome = "unknown" if isinstance(error, OutcomeUnknown) else "rolled-back"
-        return {"outcome": outcome, **_failure(error)}
+        return {
+            "outcome": outcome,
+            "downtime_ms": None,
+            "phases": {},
+            "epoch": follower.committed,
+            **_failure(error),
+        }
 
 
 async def _verify(follower: Follower, rest: bytes, stream: trio.SocketStream) -> dict[str, Any]:

@@ -1,205 +1,288 @@
-"""Cutover: converge, gate, last epoch, committing, promote, fence.
+"""Cutover: converge until the estimate fits the bound, gate, last epoch, proof, hand over.
 
-What a crash at each step leaves:
-
-before *committing* is recorded   the gate opens as we end, the guest goes on at the source
-after it, before *fenced*         outcome unknown: the server refuses writes until it is resolved
-after *fenced*                    the target is the disk; the source refuses writes for good
-
-Invariant: PROMOTE is sent only after *committing* is durable beside every image.
+Until PROMOTE is sent every way out leads back to the guest at the source: an error, the bound on
+the downtime, or the end of this process, with which the lease on the gate ends.
 """
 
+import logging
 import os
-import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import trio
+from msgspec import Meta
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.fencing import FenceRecord, clear_fence, record_fence
+from fusedisk.fencing import FenceRecord
 from fusedisk.gate import take_lease
-from replicator.link import Link, LinkLost, raise_failed
-from replicator.messages import (
-    Aborted,
-    Bye,
-    Failed,
-    Hello,
-    Promote,
-    Promoted,
-    RemoteProtocolError,
-    Resolve,
-    Welcome,
-)
+from fusedisk.units import format_size
+from replicator.estimate import Estimate
+from replicator.handover import AskOutcome, NotConverged, OutcomeUnknown, hand_over
+from replicator.hooks import run_hook
+from replicator.link import Link
+from replicator.messages import HASH_BLOCK_BYTES
+from replicator.progress import Progress
+from replicator.proof import Level, Proof
 from replicator.sender import Session
 from replicator.source import Source
 
+log = logging.getLogger("replicator.cutover")
 
-class NotConverged(FuseDiskError):
-    """The bound on the downtime could not be kept; the guest goes on at the source."""
-
-    exit_code = 3
-
-
-class OutcomeUnknown(FuseDiskError):
-    """The promotion was begun and its answer was lost."""
-
-    exit_code = 4
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Command = Annotated[str, Meta(min_length=1, max_length=8192)]
 
 
-@dataclass(frozen=True)
-class CutoverOptions:
+class CutoverOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was asked for; times in seconds."""
 
-    downtime_seconds_max: float = 1.0
-    timeout_seconds: float = 60.0
-    before: str | None = None
+    downtime_seconds_max: Seconds = 1.0
+    timeout_seconds: Seconds = 60.0
+    before: Command | None = None
+    after: Command | None = None
+    on_rollback: Command | None = None
+    hook_seconds_max: Seconds = 30.0
+    verify: Level = "last"
+    dry_run: bool = False
 
 
-async def cut_over(
-    source: Source, session: Session, link: Link, name: str, address: str, options: CutoverOptions
-) -> dict[str, Any]:
-    """Move the disk to the target: {"outcome", "downtime_ms", "phases", "epoch"}.
+class Cutover:
+    """One attempt over one link."""
 
-    Raises NotConverged or FuseDiskError with the guest going on at the source, OutcomeUnknown.
-    """
-    await _converge(source, session, options)
-    if options.before is not None:
-        await _run_hook(options.before)
-    phases: dict[str, float] = {}
-    token = str(uuid.uuid4())
-    images = [Path(disk.path) for disk in source.record.disks]
-    begun = trio.current_time()
+    def __init__(
+        self,
+        source: Source,
+        session: Session,
+        link: Link,
+        record: FenceRecord,
+        options: CutoverOptions,
+        ask_outcome: AskOutcome,
+    ) -> None:
+        """``record`` is the one to write, save its epoch."""
+        self._source, self._session, self._link = source, session, link
+        self._record, self._options, self._ask_outcome = record, options, ask_outcome
+        self._proof = Proof(source, options.verify)
+        self._estimate = Estimate()
+        self._predicted_ms: float | None = None
+        self.phase = "converging"
+        self.progress: Progress | None = None
+        self.on_change: Callable[[], None] = lambda: None
 
-    def mark(phase: str) -> None:
-        now = trio.current_time()
-        phases[phase] = 1000 * (now - begun) - sum(phases.values())
+    async def run(self) -> dict[str, Any]:
+        """Move the disks: {"outcome", "downtime_ms", "predicted_ms", "phases", "epoch", ...}.
 
-    with _gate(source):
-        with trio.move_on_after(options.downtime_seconds_max) as bound:
-            # Closing the epoch also waits for the writers that passed before the gate closed.
-            await session.next_pass()
-            mark("transfer")
-            for fd in source.fds:
-                await trio.to_thread.run_sync(os.fsync, fd)
-            mark("flush")
-        if bound.cancelled_caught:
-            # A pass cut short leaves half a frame on the wire: the caller makes a new link.
-            raise NotConverged(
-                f"the last epoch took longer than {options.downtime_seconds_max:.3f} s; "
-                "the guest goes on, try again with a larger --max-downtime"
+        Raises NotConverged or another FuseDiskError, LinkLost, OSError or RemoteProtocolError with
+        the guest going on at the source; OutcomeUnknown.
+        """
+        options = self._options
+        if options.verify == "full":
+            self._enter("verifying")
+            self.progress = Progress()
+            await self._proof.everything(self._session, self.progress)
+            self.progress = None
+        await self._converge()
+        if options.dry_run:
+            return self._result("dry-run", self._predicted_ms, {})
+        try:
+            if options.before is not None:
+                self._enter("before")
+                await self._hook("--before", options.before, "pending")
+                # The hook took its time, and only it knows whether the guest still writes.
+                await self._converge()
+            result = await self._switch()
+        except OutcomeUnknown:
+            # Whether the guest may go on is just what is not known.
+            raise
+        except BaseException:
+            if options.on_rollback is not None:
+                with trio.CancelScope(shield=True):
+                    await self._hook_noted("--on-rollback", options.on_rollback, "rolled-back")
+            raise
+        if options.after is not None:
+            self._enter("after")
+            result["after"] = await self._hook_noted(
+                "--after", options.after, "promoted", result["downtime_ms"]
             )
-        assert session.committed is not None
-        epoch = session.committed
-        record = FenceRecord(token, "committing", name, address, epoch)
-        # From here on nothing may cut the steps short: the outcome has to be found out.
-        with trio.CancelScope(shield=True):
-            await _commit(source, link, images, record)
-        mark("promote")
-    return {
-        "outcome": "promoted",
-        "downtime_ms": sum(phases.values()),
-        "phases": phases,
-        "epoch": epoch,
-    }
+        return result
 
+    def report(self) -> dict[str, Any]:
+        """The ``cutover`` of the status."""
+        left = self._source.lag(self._session.committed or 0).bytes
+        return {
+            "phase": self.phase,
+            "remaining_bytes": left,
+            "max_downtime_ms": 1000 * self._options.downtime_seconds_max,
+            **self._estimate.report(left),
+        }
 
-async def _commit(source: Source, link: Link, images: list[Path], record: FenceRecord) -> None:
-    try:
-        await trio.to_thread.run_sync(record_fence, images, record)
-    except OSError as error:
-        # Nothing was said to the target, so the outcome is known.
-        await trio.to_thread.run_sync(clear_fence, images)
-        raise FuseDiskError(f"cannot record the cutover beside the images: {error}") from None
-    try:
-        with trio.fail_after(30):
-            await link.send(Promote(record.token, record.epoch))
-            await link.expect(Promoted)
-    except (LinkLost, trio.TooSlowError, RemoteProtocolError, FuseDiskError) as error:
-        source.control.set_fence(True)
-        raise OutcomeUnknown(
-            f"the answer to the promotion was lost ({error}); writes are refused until "
-            "'replicator resolve' has settled it"
-        ) from None
-    fenced = FenceRecord(record.token, "fenced", record.replica, record.address, record.epoch)
-    source.control.set_fence(True)
-    await trio.to_thread.run_sync(record_fence, images, fenced)
+    async def _converge(self) -> None:
+        """Pass after pass, until what is left should fit into the bound."""
+        self._enter("converging")
+        with trio.move_on_after(self._options.timeout_seconds) as limit:
+            while not await self._fits():
+                await self._measured_pass()
+        if limit.cancelled_caught:
+            raise NotConverged(
+                f"{self._shortfall()} after {self._options.timeout_seconds:g} s; "
+                "the guest goes on at the source"
+            )
 
+    async def _fits(self) -> bool:
+        left = await trio.to_thread.run_sync(self._left)
+        seconds = self._estimate.seconds(left)
+        if seconds is None:
+            return False
+        self._predicted_ms = 1000 * seconds
+        log.info(
+            "%s left, predicted downtime %.0f ms, dirty rate %s, send rate %s",
+            format_size(left),
+            self._predicted_ms,
+            _rate(self._estimate.dirty_rate),
+            _rate(self._estimate.send_rate),
+        )
+        self.on_change()
+        return seconds <= self._options.downtime_seconds_max
 
-async def _converge(source: Source, session: Session, options: CutoverOptions) -> None:
-    """Pass after pass, until the next one should fit into half of the bound."""
-    with trio.move_on_after(options.timeout_seconds) as limit:
-        while True:
-            begun = trio.current_time()
-            await session.next_pass()
-            if trio.current_time() - begun < options.downtime_seconds_max / 2:
-                return
-    if limit.cancelled_caught:
-        raise NotConverged(
-            f"the guest writes faster than the link carries within {options.timeout_seconds:g} s; "
-            "the guest goes on at the source"
+    def _left(self) -> int:
+        assert self._session.committed is not None
+        return self._source.lag(self._session.committed).bytes
+
+    def _shortfall(self) -> str:
+        estimate = self._estimate
+        rates = f"{_rate(estimate.dirty_rate)} against {_rate(estimate.send_rate)}"
+        if estimate.outrun:
+            return f"the guest writes faster than the link and the target carry ({rates})"
+        expected = "unknown" if self._predicted_ms is None else f"{self._predicted_ms:.0f} ms"
+        return (
+            f"the downtime expected ({expected}) stays above --max-downtime "
+            f"({1000 * self._options.downtime_seconds_max:.0f} ms; {rates})"
         )
 
-
-@contextmanager
-def _gate(source: Source) -> Iterator[None]:
-    try:
-        lease = take_lease(source.state)
-    except BlockingIOError:
-        raise FuseDiskError("another cutover of this mount is under way") from None
-    try:
-        source.control.set_gate(True)
-        yield
-    finally:
-        source.control.set_gate(False)
-        os.close(lease)
-
-
-async def _run_hook(command: str) -> None:
-    result = await trio.run_process(
-        ["sh", "-c", command], check=False, capture_stdout=True, capture_stderr=True
-    )
-    if result.returncode != 0:
-        raise FuseDiskError(
-            f"--before {shlex.quote(command)} ended with status {result.returncode}; "
-            "the guest goes on at the source"
+    async def _measured_pass(self) -> None:
+        """All that the last pass will do, while the guest still runs."""
+        begun = trio.current_time()
+        await self._session.next_pass()
+        closed = self._session.committed
+        await self._proof.changed(self._session)
+        await self._until_applied()
+        await self._flush()
+        seconds = trio.current_time() - begun
+        self._estimate.note_pass(
+            self._session.progress.total, seconds, self._session.commit_seconds
         )
+        assert closed is not None
+        # The epoch was closed as the pass began.
+        self._estimate.note_dirty(await trio.to_thread.run_sync(self._left), seconds)
+
+    async def _until_applied(self) -> None:
+        """A hash is of the images, so its answer waits until the pass is in them."""
+        size = self._source.record.disks[0].size
+        await self._session.hashes(0, 0, min(HASH_BLOCK_BYTES, size))
+
+    async def _flush(self) -> None:
+        for fd in self._source.fds:
+            await trio.to_thread.run_sync(os.fsync, fd)
+
+    async def _switch(self) -> dict[str, Any]:
+        phases: dict[str, float] = {}
+        bound = self._options.downtime_seconds_max
+        predicted_ms = self._predicted_ms
+        begun = trio.current_time()
+
+        def mark(phase: str) -> None:
+            phases[phase] = 1000 * (trio.current_time() - begun) - sum(phases.values())
+
+        with self._gate():
+            self._enter("switching")
+            deadline = trio.current_time() + bound
+            with trio.move_on_at(deadline) as limit:
+                # Closing the epoch also waits for the writers that passed before the gate closed.
+                await self._session.next_pass()
+                mark("transfer")
+                await self._proof.changed(self._session)
+                mark("verify")
+                await self._until_applied()
+                mark("apply")
+                await self._flush()
+                mark("flush")
+            if limit.cancelled_caught:
+                # A pass cut short leaves half a frame on the wire: the caller makes a new link.
+                raise NotConverged(
+                    f"the last epoch took longer than {1000 * bound:.0f} ms; the guest goes on at "
+                    "the source, try again with a larger --max-downtime"
+                )
+            assert self._session.committed is not None
+            record = msgspec.structs.replace(self._record, epoch=self._session.committed)
+            # From here on nothing may cut the steps short: the outcome has to be found out.
+            with trio.CancelScope(shield=True):
+                await hand_over(self._source, self._link, record, self._ask_outcome, deadline)
+            mark("promote")
+        self._predicted_ms = predicted_ms
+        return self._result("promoted", sum(phases.values()), phases)
+
+    def _result(
+        self, outcome: str, downtime_ms: float | None, phases: dict[str, float]
+    ) -> dict[str, Any]:
+        return {
+            "outcome": outcome,
+            "downtime_ms": downtime_ms,
+            "predicted_ms": self._predicted_ms,
+            "phases": phases,
+            "epoch": self._session.committed,
+            "dirty_rate": self._estimate.dirty_rate,
+            "send_rate": self._estimate.send_rate,
+        }
+
+    @contextmanager
+    def _gate(self) -> Iterator[None]:
+        try:
+            lease = take_lease(self._source.state)
+        except BlockingIOError:
+            raise FuseDiskError("another cutover of this mount is under way") from None
+        try:
+            self._source.control.set_gate(True)
+            yield
+        finally:
+            self._source.control.set_gate(False)
+            os.close(lease)
+
+    async def _hook(
+        self, option: str, command: str, outcome: str, downtime_ms: float | None = None
+    ) -> None:
+        facts = {
+            "mountpoint": self._source.record.mountpoint,
+            "replica": self._record.replica,
+            "address": self._record.address,
+            "token": self._record.token,
+            "epoch": self._session.committed,
+            "outcome": outcome,
+            "downtime_ms": "" if downtime_ms is None else f"{downtime_ms:.0f}",
+        }
+        await run_hook(option, command, facts, self._options.hook_seconds_max)
+
+    async def _hook_noted(
+        self, option: str, command: str, outcome: str, downtime_ms: float | None = None
+    ) -> str | None:
+        """Like `_hook`, where nothing is to be undone any more; what went wrong, or None."""
+        try:
+            await self._hook(option, command, outcome, downtime_ms)
+        except FuseDiskError as error:
+            log.error("%s", error)
+            return str(error)
+        return None
+
+    def _enter(self, phase: str) -> None:
+        self.phase = phase
+        log.info("cutover: %s", phase)
+        self.on_change()
 
 
-async def resolve(link: Link, record: FenceRecord, source_id: str) -> str:
-    """Ask the target how a cutover ended: ``promoted``, or ``rolled-back``.
-
-    A target that had not promoted has by its answer refused ever to do so under this token.
-    Raises LinkLost, Refused or RemoteProtocolError; then the outcome is as unknown as before.
-    """
-    with trio.fail_after(30):
-        await link.send(Hello([1], "resolve", 0))
-        await link.expect(Welcome)
-        await link.send(Resolve(record.replica, source_id, record.token))
-        while True:
-            event = await link.receive()
-            if isinstance(event, Promoted):
-                return "promoted"
-            if isinstance(event, Aborted):
-                return "rolled-back"
-            if isinstance(event, Failed):
-                raise_failed(event)
-            if isinstance(event, Bye):
-                raise LinkLost("the receiver is shutting down")
+def new_record(name: str, address: str) -> FenceRecord:
+    """The record of a cutover that begins, with a token of its own."""
+    return FenceRecord(str(uuid.uuid4()), "committing", name, address, 0)
 
 
-def settle(source: Source, images: list[Path], record: FenceRecord, outcome: str) -> None:
-    """Make the source agree with the target's answer, durably before writes are let through."""
-    if outcome == "promoted":
-        source.control.set_fence(True)
-        record_fence(
-            images,
-            FenceRecord(record.token, "fenced", record.replica, record.address, record.epoch),
-        )
-    else:
-        clear_fence(images)
-        source.control.set_fence(False)
+def _rate(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{format_size(int(rate))}/s"

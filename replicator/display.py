@@ -51,10 +51,24 @@ def progress_text(progress: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def cutover_text(cutover: dict[str, Any]) -> str:
+    """What a cutover is doing, and what its downtime would be now."""
+    parts = [f"{cutover['phase']}", f"{format_size(cutover['remaining_bytes'])} left"]
+    for name, key in (("dirty", "dirty_rate"), ("send", "send_rate")):
+        if cutover[key] is not None:
+            parts.append(f"{name} {format_size(cutover[key])}/s")
+    if cutover["estimate_ms"] is not None:
+        limit = cutover["max_downtime_ms"]
+        parts.append(f"downtime expected {cutover['estimate_ms']:.0f} ms of {limit:.0f} ms")
+    return ", ".join(parts)
+
+
 def line(entry: dict[str, Any]) -> str:
     """One replica in one line."""
     error = f" ({_printable(entry['error'])})" if entry["error"] else ""
     text = f"{entry['name']}: {entry['state']}{error}, {entry['address']}, "
+    if entry["cutover"]:
+        return text + cutover_text(entry["cutover"])
     return text + (progress_text(entry["progress"]) if _moving(entry) else lag_text(entry))
 
 
@@ -81,7 +95,9 @@ def _heading(entry: dict[str, Any]) -> Text:
     text = Text(overflow="ellipsis", no_wrap=True)
     text.append(_printable(entry["name"]), style="bold")
     text.append(f"  {entry['state']}", style="cyan")
-    if not _moving(entry):
+    if entry["cutover"]:
+        text.append(f"  {cutover_text(entry['cutover'])}")
+    elif not _moving(entry):
         text.append(f"  {lag_text(entry)}")
     if entry["error"]:
         text.append(f"  {_printable(entry['error'])}", style="red")

@@ -17,7 +17,8 @@ import trio
 from fusedisk.errors import FuseDiskError
 from fusedisk.replicas import ReplicaRecord, Sent, read_record, write_record
 from replicator.address import Address
-from replicator.cutover import CutoverOptions, NotConverged, OutcomeUnknown, cut_over
+from replicator.cutover import Cutover, CutoverOptions, new_record
+from replicator.handover import NotConverged, OutcomeUnknown, asking, rolled_back
 from replicator.link import LinkLost
 from replicator.messages import RemoteProtocolError
 from replicator.progress import Progress
@@ -68,6 +69,7 @@ class Follower:
         self._reached = self._committed_here = self._unmounted = False
         self._wake = trio.Event()
         self._cutover: tuple[CutoverOptions, trio.MemorySendChannel[Outcome]] | None = None
+        self._attempt: Cutover | None = None
         self._verification: Verification | None = None
         self._noting = trio.Event()
         self.progress = Progress()
@@ -227,7 +229,9 @@ class Follower:
             await self._hold(session)
             if self._cutover is not None:
                 await self._do_cutover(session, link)
-                return
+                if self.state == "promoted":
+                    return
+                continue
             if self._source.lag(session.committed).chunks:
                 await session.next_pass()
                 self._note_commit(session)
@@ -297,7 +301,7 @@ class Follower:
             self._verification = None
 
     async def cut_over(self, options: CutoverOptions) -> dict[str, Any]:
-        """Cut over as soon as the replica follows; see replicator.cutover.cut_over for errors."""
+        """Cut over as soon as the replica follows; see replicator.cutover.Cutover for errors."""
         if self._cutover is not None:
             raise FuseDiskError("another cutover is under way")
         if self.paused:
@@ -327,29 +331,30 @@ class Follower:
         assert self._cutover is not None
         options, answer = self._cutover
         self._set_state("cutover")
+        record = new_record(self._name, str(self._address))
+        ask = asking(self._address, self._transport, self._source.record.source_id)
+        self._attempt = Cutover(self._source, session, link, record, options, ask)
+        self._attempt.on_change = self.on_change
         try:
-            result = await cut_over(
-                self._source, session, link, self._name, str(self._address), options
-            )
+            result = await self._attempt.run()
         except OutcomeUnknown as error:
             answer.send_nowait(error)
             self._set_state("failed")
             # The one who asked has to hear it before this process ends.
             await trio.sleep(0.5)
             raise
-        except (FuseDiskError, LinkLost, OSError, trio.TooSlowError) as error:
-            told = (
-                error
-                if isinstance(error, FuseDiskError)
-                else FuseDiskError(
-                    f"{error or 'the receiver does not answer'}; the guest goes on at the source"
-                )
-            )
+        except _LINK_ENDINGS as error:
+            told = rolled_back(error)
             answer.send_nowait(told)
-            self._cutover = None
+            self._cutover = self._attempt = None
             # A pass may have been cut short: only a new link is in a known state.
             raise LinkLost(f"the cutover was rolled back: {told}") from None
         self._note_commit(session)
+        if result["outcome"] == "dry-run":
+            answer.send_nowait(result)
+            self._cutover = self._attempt = None
+            self._set_state("following")
+            return
         self._set_state("promoted")
         answer.send_nowait(result)
         await trio.sleep(0.5)
@@ -403,6 +408,9 @@ class Follower:
         progress = self.progress
         if self._verification is not None and self.state == "following":
             progress = self._verification.progress
+        attempt = self._attempt
+        if attempt is not None and attempt.progress is not None:
+            progress = attempt.progress
         return {
             "name": self._name,
             "address": str(self._address),
@@ -417,6 +425,7 @@ class Follower:
             "epoch": {"current": self._source.control.epoch, "committed": self.committed},
             "sent": msgspec.to_builtins(self.sent),
             "forecast": self._forecast(lag.bytes, progress),
+            "cutover": None if attempt is None else attempt.report(),
             "error": error,
             "sender": {"pid": os.getpid()},
         }

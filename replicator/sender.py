@@ -44,6 +44,8 @@ class Session:
         self.committed: int | None = None
         self.closed_at: float | None = None
         """Wall clock just before the committed epoch was closed here; None for an older one."""
+        self.commit_seconds = 0.0
+        """How long the target took to answer the last commit."""
         self._closing: tuple[int, float] | None = None
         self.cause: str | None = None
         self.on_phase: Callable[[str], None] = lambda _: None
@@ -123,7 +125,15 @@ class Session:
 
         Raises Refused, LinkLost, TooSlowError or RemoteProtocolError.
         """
+        await self.ask_hashes(disk, offset, length)
+        return await self.take_hashes(disk, offset, length)
+
+    async def ask_hashes(self, disk: int, offset: int, length: int) -> None:
+        """The first half of `hashes`; a few may be under way, answered in the order asked."""
         await self._link.send(m.HashRequest(disk, offset, length))
+
+    async def take_hashes(self, disk: int, offset: int, length: int) -> list[m.Segment]:
+        """The second half of `hashes`, for the range asked for first."""
         with trio.fail_after(_ANSWER_SECONDS_MAX):
             answer = await self._link.expect(m.Hashes)
         if (answer.disk, answer.offset, answer.length) != (disk, offset, length):
@@ -185,6 +195,7 @@ class Session:
 
     async def _commit(self, epoch: int) -> None:
         generation = self._source.record.generation
+        begun = trio.current_time()
         await self._link.send(m.Commit(generation, epoch, self._digest.count, self._digest.value()))
         # However long the target syncs, it says meanwhile that it lives.
         answer = await self._link.expect(m.Committed)
@@ -192,6 +203,7 @@ class Session:
             raise m.RemoteProtocolError("peer committed another epoch")
         self.committed = epoch
         self._rates.sent(0, trio.current_time() - self._working_since)
+        self.commit_seconds = trio.current_time() - begun
         if self._closing is not None and self._closing[0] == epoch:
             self.closed_at = self._closing[1]
         self.progress.finish()

@@ -172,15 +172,22 @@ def _zero_blocks(fd: int, segment: Segment) -> list[tuple[int, int, bytes | None
 class Verification:
     """One comparison of all disks. A cancelled step leaves an answer on the way: end the link."""
 
-    def __init__(self, source: Source, options: VerifyOptions) -> None:
+    def __init__(
+        self, source: Source, options: VerifyOptions, progress: Progress | None = None
+    ) -> None:
         self._source, self._bandwidth = source, options.bandwidth
         self._disk = self._offset = 0
         self._ready_at = 0.0
         self._ended = trio.Event()
         self._error: FuseDiskError | None = None
         self.findings = Findings()
-        self.progress = Progress()
+        self.progress = progress or Progress()
         self.progress.begin("verify", [disk.size for disk in source.record.disks])
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is a result."""
+        return self._ended.is_set()
 
     async def result(self) -> Findings:
         """Wait for the end. Raises the FuseDiskError it failed with."""

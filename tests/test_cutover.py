@@ -66,6 +66,15 @@ class Pair:
             time.sleep(0.05)
         raise AssertionError(f"never {state}: {found}")
 
+    def wait_until_committed(self) -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            found = json.loads(run("replicator", "status", "--json", self.mountpoint).stdout)
+            if found["replicas"][0]["lag"]["chunks"] == 0:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"never committed: {found}")
+
     def write(self, data: bytes, offset: int = 0) -> None:
         fd = os.open(self.mountpoint / "disk.img", os.O_RDWR)
         try:
@@ -131,6 +140,65 @@ def test_a_failing_before_hook_rolls_back(pair: Pair):
     result = run("replicator", "cutover", "--before", "false", pair.mountpoint, check=False)
     assert result.returncode == 1
     assert "--before false ended with status 1" in result.stderr
+    pair.write(b"the guest goes on")
+    assert read_fence([pair.image]) is None
+
+
+def test_hooks_know_the_facts_and_run_in_order(pair: Pair):
+    said = pair.image.parent / "said"
+    say = "echo {} $FUSEDISK_OUTCOME $FUSEDISK_REPLICA $FUSEDISK_MOUNTPOINT >> " + str(said)
+    # What a hook leaves running keeps its output open, and must not keep the cutover.
+    hooks = ["--before", say.format("before"), "--after", say.format("after") + "; sleep 30 &"]
+    result = run("replicator", "cutover", "--json", *hooks, pair.mountpoint)
+    assert json.loads(result.stdout)["outcome"] == "promoted"
+    assert said.read_text().splitlines() == [
+        f"before pending r {pair.mountpoint}",
+        f"after promoted r {pair.mountpoint}",
+    ]
+
+
+def test_a_rollback_after_the_guest_was_paused_lets_it_go_on(pair: Pair):
+    said = pair.image.parent / "said"
+    resume = ["--on-rollback", f"echo resumed $FUSEDISK_OUTCOME >> {said}"]
+    pause = ["--before", "sleep 60", "--hook-timeout", "0.3"]
+    result = run("replicator", "cutover", "--json", *pause, *resume, pair.mountpoint, check=False)
+    assert result.returncode == 1
+    assert "did not end within 0.3 s" in result.stderr
+    assert json.loads(result.stdout)["outcome"] == "rolled-back"
+    assert said.read_text() == "resumed rolled-back\n"
+    pair.write(b"the guest goes on")
+
+
+def test_a_dry_run_says_what_it_would_take_and_replication_goes_on(pair: Pair):
+    result = run(
+        "replicator", "cutover", "--json", "--dry-run", "--before", "false", pair.mountpoint
+    )
+    outcome = json.loads(result.stdout)
+    assert outcome["outcome"] == "dry-run"
+    assert 0 < outcome["downtime_ms"] < 1000
+    pair.write(b"goes on")
+    pair.wait_for_state("following")
+    assert pair.sender.poll() is None
+
+
+def test_a_bound_that_cannot_be_kept_is_refused_before_the_gate(pair: Pair):
+    options = ["--max-downtime", "1", "--timeout", "1"]
+    result = run("replicator", "cutover", "--json", *options, pair.mountpoint, check=False)
+    assert result.returncode == 3
+    assert json.loads(result.stdout)["outcome"] == "rolled-back"
+    assert "stays above --max-downtime (1 ms" in result.stderr
+    pair.write(b"the guest goes on")
+
+
+def test_a_replica_that_differs_is_not_promoted(pair: Pair):
+    pair.write(b"settled", 0)
+    pair.wait_until_committed()
+    with pair.replica.open("r+b") as replica:
+        replica.seek(5 << 20)
+        replica.write(b"damaged behind everybody's back")
+    result = run("replicator", "cutover", "--verify", "full", pair.mountpoint, check=False)
+    assert result.returncode == 5
+    assert f"disk.img {5 << 20}+65536" in result.stderr
     pair.write(b"the guest goes on")
     assert read_fence([pair.image]) is None
 

@@ -1,20 +1,27 @@
 """``replicator cutover``."""
 
 import json
-import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
 
 from fusedisk.errors import FuseDiskError
+from fusedisk.fencing import read_fence
 from fusedisk.mounting import find_state
 from fusedisk.replicas import read_record
+from fusedisk.state import read_mount_record
 from replicator import control
 from replicator.cutover import CutoverOptions
+from replicator.display import cutover_text
+from replicator.handover import OutcomeUnknown
 from replicator.options import Seconds
 from replicator.settings import MAX_DOWNTIME_MS
+
+_SHOW_SECONDS = 0.5
 
 
 @click.command()
@@ -23,6 +30,23 @@ from replicator.settings import MAX_DOWNTIME_MS
 @click.option("--timeout", default=60.0, type=Seconds(0.1, 86400), metavar="SECONDS")
 @click.option("--before", metavar="CMD", help="Pauses the guest; failing means rollback.")
 @click.option("--after", metavar="CMD", help="Runs once the replica is promoted.")
+@click.option("--on-rollback", metavar="CMD", help="Lets the guest go on, if --before ran.")
+@click.option(
+    "--hook-timeout",
+    default=30.0,
+    type=Seconds(0.1, 86400),
+    show_default=True,
+    metavar="SECONDS",
+    help="A command above that takes longer has failed.",
+)
+@click.option(
+    "--verify",
+    default="last",
+    type=click.Choice(["none", "last", "full"]),
+    show_default=True,
+    help="What is read again on both sides and compared before the switch.",
+)
+@click.option("--dry-run", is_flag=True, help="All but the switch; says what it would take.")
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def command(
@@ -32,6 +56,10 @@ def command(
     timeout: float,
     before: str | None,
     after: str | None,
+    on_rollback: str | None,
+    hook_timeout: float,
+    verify: str,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Move the disks to the target: all of it, or nothing."""
@@ -40,19 +68,76 @@ def command(
     if max_downtime is None:
         noted = read_record(state, name)
         max_downtime = (noted and noted.max_downtime_ms) or MAX_DOWNTIME_MS
-    options = CutoverOptions(max_downtime / 1000, timeout, before)
+    options = CutoverOptions(
+        downtime_seconds_max=max_downtime / 1000,
+        timeout_seconds=timeout,
+        before=before,
+        after=after,
+        on_rollback=on_rollback,
+        hook_seconds_max=hook_timeout,
+        verify=verify,  # type: ignore[arg-type]
+        dry_run=dry_run,
+    )
     request = f"cutover {msgspec.json.encode(options).decode()}"
-    wait = 2 * timeout + max_downtime / 1000 + 60
-    result = control.ask(state, name, request, wait)
+    ended = threading.Event()
+    if sys.stderr.isatty():
+        threading.Thread(target=_show, args=(state, name, ended), daemon=True).start()
+    try:
+        # Every step has a bound of its own, and a sender that ends closes the socket.
+        result = control.ask(state, name, request, None)
+    except FuseDiskError as lost:
+        result = _without_sender(state, lost)
+    finally:
+        ended.set()
     error, code = result.pop("error", None), result.pop("exit_code", 0)
     if as_json:
         click.echo(json.dumps(result))
     elif not error:
-        phases = ", ".join(f"{k} {v:.1f} ms" for k, v in result["phases"].items())
-        click.echo(f"promoted at epoch {result['epoch']}: downtime {result['downtime_ms']:.1f} ms")
-        click.echo(f"  {phases}")
+        click.echo(_summary(result))
     if error:
         click.echo(f"replicator: {error}", err=True)
         sys.exit(code)
-    if after is not None and (status := subprocess.run(["sh", "-c", after]).returncode):
-        raise FuseDiskError(f"the replica is promoted, but --after ended with status {status}")
+    if failed := result.get("after"):
+        raise FuseDiskError(f"the replica is promoted, but {failed}")
+
+
+def _without_sender(state: Path, error: FuseDiskError) -> dict[str, Any]:
+    """How a cutover stands whose sender ended without an answer: what it recorded tells."""
+    record = read_fence(Path(disk.path) for disk in read_mount_record(state).disks)
+    if record is None:
+        raise error
+    told: dict[str, Any] = {"downtime_ms": None, "phases": {}, "epoch": record.epoch}
+    if record.state == "fenced":
+        return {"outcome": "promoted", "predicted_ms": None, **told}
+    return {
+        "outcome": "unknown",
+        **told,
+        "error": f"{error}; the promotion was begun, run 'replicator resolve'",
+        "exit_code": OutcomeUnknown.exit_code,
+    }
+
+
+def _summary(result: dict[str, Any]) -> str:
+    if result["predicted_ms"] is None:
+        return f"promoted at epoch {result['epoch']}"
+    predicted = f"{result['predicted_ms']:.1f} ms"
+    if result["outcome"] == "dry-run":
+        return f"nothing was switched: the downtime would be about {predicted}"
+    phases = ", ".join(f"{k} {v:.1f} ms" for k, v in result["phases"].items())
+    return (
+        f"promoted at epoch {result['epoch']}: downtime {result['downtime_ms']:.1f} ms, "
+        f"predicted {predicted}\n  {phases}"
+    )
+
+
+def _show(state: Path, name: str, ended: threading.Event) -> None:
+    shown = ""
+    while not ended.wait(_SHOW_SECONDS):
+        try:
+            found = control.ask(state, name, "status", 1.0).get("cutover")
+        except FuseDiskError:
+            continue
+        text = cutover_text(found) if found else "waiting until the replica follows"
+        if text != shown and not ended.is_set():
+            shown = text
+            click.echo(text, err=True)

@@ -7,8 +7,8 @@ import trio
 
 from fusedisk.fencing import read_fence
 from replicator.address import parse_address
-from replicator.cutover import OutcomeUnknown, settle
-from replicator.cutover import resolve as ask_outcome
+from replicator.handover import OutcomeUnknown, settle
+from replicator.handover import resolve as ask_outcome
 from replicator.link import Link, LinkLost
 from replicator.options import sender_options
 from replicator.running import run_trio

@@ -1,0 +1,187 @@
+"""The switch itself: *committing* at the source, PROMOTE, *fenced*; and finding out what became
+of it where the answer was lost.
+
+What a crash at each step leaves:
+
+before *committing* is recorded   the gate opens as its holder ends, the guest goes on at the source
+after it, before *fenced*         outcome unknown: the server refuses writes until it is resolved
+after *fenced*                    the target is the disk; the source refuses writes for good
+
+Invariants, each of which the model in tests/cutover_model.py shows to be needed:
+
+- PROMOTE is sent only after *committing* is durable beside every image.
+- *committing* is removed only where PROMOTE was not sent, or by the target's durable *aborted*.
+- The fence is up before the gate opens, whenever the target may have promoted.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import trio
+
+from fusedisk.errors import FuseDiskError
+from fusedisk.fencing import FenceRecord, clear_fence, record_fence
+from replicator.address import Address
+from replicator.link import Link, LinkLost, raise_failed
+from replicator.messages import (
+    Aborted,
+    Bye,
+    Failed,
+    Hello,
+    Promote,
+    Promoted,
+    RemoteProtocolError,
+    Resolve,
+    Welcome,
+)
+from replicator.source import Source
+from replicator.transport.connecting import connected
+from replicator.transport.settings import Settings
+
+log = logging.getLogger("replicator.handover")
+
+_ANSWER_SECONDS_MAX = 30.0
+HELD_SECONDS_MAX = 30.0
+"""How long writes stay held while a lost answer is asked for again; then they are refused."""
+_ASK_AGAIN_SECONDS = 0.5
+
+AskOutcome: TypeAlias = Callable[[FenceRecord], Awaitable[str]]
+"""`resolve` over a connection of its own."""
+
+_NO_ANSWER = (
+    *(LinkLost, OSError, trio.TooSlowError, trio.BrokenResourceError),
+    *(RemoteProtocolError, FuseDiskError),
+)
+
+
+class NotConverged(FuseDiskError):
+    """The bound on the downtime could not be kept; the guest goes on at the source."""
+
+    exit_code = 3
+
+
+class OutcomeUnknown(FuseDiskError):
+    """The promotion was begun and its answer was lost."""
+
+    exit_code = 4
+
+
+def asking(address: Address, transport: Settings, source_id: str) -> AskOutcome:
+    """`resolve`, ready to be called."""
+
+    async def ask(record: FenceRecord) -> str:
+        async with connected(address, transport) as stream:
+            return await resolve(Link(stream, "sender"), record, source_id)
+
+    return ask
+
+
+def rolled_back(error: Exception) -> FuseDiskError:
+    """What to tell the one who asked for a cutover that ended before PROMOTE was sent."""
+    if isinstance(error, FuseDiskError):
+        return error
+    reason = str(error) or "the receiver does not answer"
+    return FuseDiskError(f"{reason}; the guest goes on at the source")
+
+
+async def hand_over(
+    source: Source,
+    link: Link,
+    record: FenceRecord,
+    ask_outcome: AskOutcome,
+    deadline: float,
+) -> None:
+    """Promote the target and fence the source; the gate is closed, the record says *committing*.
+
+    Until PROMOTE is sent ``deadline`` holds. Raises NotConverged or FuseDiskError where the guest
+    may go on, OutcomeUnknown where it may not. To be called where nothing can cancel it.
+    """
+    images = [Path(disk.path) for disk in source.record.disks]
+    try:
+        await trio.to_thread.run_sync(record_fence, images, record)
+    except OSError as error:
+        # Nothing was said to the target, so the outcome is known.
+        await trio.to_thread.run_sync(clear_fence, images)
+        raise FuseDiskError(
+            f"cannot record the cutover beside the images: {error}; the guest goes on at the source"
+        ) from None
+    if trio.current_time() > deadline:
+        await trio.to_thread.run_sync(clear_fence, images)
+        raise NotConverged(
+            "the last epoch took longer than --max-downtime; the guest goes on at the source, "
+            "try again or allow more"
+        )
+    try:
+        with trio.fail_after(_ANSWER_SECONDS_MAX):
+            await link.send(Promote(record.token, record.epoch))
+            await link.expect(Promoted)
+    except _NO_ANSWER as error:
+        outcome = await _ask_again(source, record, ask_outcome, error)
+        if outcome != "promoted":
+            await trio.to_thread.run_sync(settle, source, images, record, outcome)
+            raise FuseDiskError(
+                f"the target did not promote ({error or 'no answer'}) and never will under this "
+                "cutover; the guest goes on at the source"
+            ) from None
+    try:
+        await trio.to_thread.run_sync(settle, source, images, record, "promoted")
+    except OSError as error:
+        # *committing* refuses writes as well, and resolve turns it into *fenced*.
+        log.error("cannot record the fence: %s; run 'replicator resolve'", error)
+
+
+async def _ask_again(
+    source: Source, record: FenceRecord, ask_outcome: AskOutcome, lost: Exception
+) -> str:
+    """The outcome, asked for while writes are still held. Raises OutcomeUnknown."""
+    why = lost
+    with trio.move_on_after(HELD_SECONDS_MAX):
+        while True:
+            log.warning("the answer to the promotion was lost (%s); asking again", why)
+            try:
+                return await ask_outcome(record)
+            except _NO_ANSWER as error:
+                why = error
+            await trio.sleep(_ASK_AGAIN_SECONDS)
+    source.control.set_fence(True)
+    raise OutcomeUnknown(
+        f"the answer to the promotion was lost ({why}); writes are refused until "
+        "'replicator resolve' has settled it"
+    )
+
+
+async def resolve(link: Link, record: FenceRecord, source_id: str) -> str:
+    """Ask the target how a cutover ended: ``promoted``, or ``rolled-back``.
+
+    A target that had not promoted has by its answer refused ever to do so under this token.
+    Raises LinkLost, Refused or RemoteProtocolError; then the outcome is as unknown as before.
+    """
+    with trio.fail_after(_ANSWER_SECONDS_MAX):
+        await link.send(Hello([1], "resolve", 0))
+        await link.expect(Welcome)
+        await link.send(Resolve(record.replica, source_id, record.token))
+        while True:
+            event = await link.receive()
+            if isinstance(event, Promoted):
+                return "promoted"
+            if isinstance(event, Aborted):
+                return "rolled-back"
+            if isinstance(event, Failed):
+                raise_failed(event)
+            if isinstance(event, Bye):
+                raise LinkLost("the receiver is shutting down")
+
+
+def settle(source: Source, images: list[Path], record: FenceRecord, outcome: str) -> None:
+    """Make the source agree with the target's answer, durably before writes are let through."""
+    if outcome == "promoted":
+        source.control.set_fence(True)
+        record_fence(
+            images,
+            FenceRecord(record.token, "fenced", record.replica, record.address, record.epoch),
+        )
+    else:
+        clear_fence(images)
+        source.control.set_fence(False)
