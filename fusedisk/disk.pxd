@@ -17,6 +17,7 @@ cdef struct DiskIO:
     Marks marks
     Spills spills
     uint64_t dirty_bytes
+    uint64_t writeback_bytes
     int writeback
 
 cdef int64_t disk_read(DiskIO *disk, char *into, uint64_t offset, uint64_t length) noexcept nogil

@@ -40,11 +40,16 @@ cdef extern from *:
         }
         return done;
     }
+    /* A write makes folios of up to its own length in the page cache, and ext4 walks all blocks of
+       a folio at each later write into it: pieces keep small writes fast (see image.py). */
+    #define FD_PIECE (64 << 10)
     static int64_t fd_pwrite_all(int fd, const char *data, uint64_t length, int64_t offset)
     {
         uint64_t done = 0;
         while (done < length) {
-            ssize_t n = pwrite(fd, data + done, length - done, offset + done);
+            uint64_t piece = FD_PIECE - ((offset + done) & (FD_PIECE - 1));
+            if (piece > length - done) piece = length - done;
+            ssize_t n = pwrite(fd, data + done, piece, offset + done);
             if (n < 0) { if (errno == EINTR) continue; return -errno; }
             if (n == 0) return -ENOSPC;
             done += n;
@@ -71,7 +76,8 @@ cdef extern from *:
     }
     static uint64_t fd_count(uint64_t *sum, uint64_t add)
     { return __atomic_add_fetch(sum, add, __ATOMIC_RELAXED); }
-    static void fd_reset(uint64_t *sum) { __atomic_store_n(sum, 0, __ATOMIC_RELAXED); }
+    static void fd_put(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    static uint64_t fd_get(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     static void fd_wake(int fd)
     { uint64_t one = 1; ssize_t done = write(fd, &one, sizeof one); (void)done; }
     """
@@ -81,13 +87,25 @@ cdef extern from *:
     int64_t fd_seek(int fd, int64_t offset, int whence) nogil
     int fd_flush(int fd, int data_only) nogil
     uint64_t fd_count(uint64_t *sum, uint64_t add) nogil
-    void fd_reset(uint64_t *sum) nogil
+    void fd_put(uint64_t *p, uint64_t v) nogil
+    uint64_t fd_get(const uint64_t *p) nogil
     void fd_wake(int fd) nogil
     int SEEK_DATA
     int SEEK_HOLE
 
-# Dirty bytes after which writeback is started, so that no flush meets much more than this.
-cdef uint64_t _WRITEBACK_BYTES = 8 << 20
+# Dirty bytes after which writeback is started, so that no flush meets much more than this. While no
+# flush comes it doubles, since pages that are written again and again need to reach the disk once.
+cdef uint64_t _WRITEBACK_BYTES_MIN = 8 << 20
+cdef uint64_t _WRITEBACK_BYTES_MAX = 256 << 20
+
+
+cdef inline void _count_dirty(DiskIO *disk, uint64_t length) noexcept nogil:
+    cdef uint64_t limit = fd_get(&disk.writeback_bytes)
+    if fd_count(&disk.dirty_bytes, length) >= limit:
+        fd_put(&disk.dirty_bytes, 0)
+        fd_put(&disk.writeback_bytes, min(2 * limit, _WRITEBACK_BYTES_MAX))
+        if disk.writeback >= 0:
+            fd_wake(disk.writeback)
 
 
 cdef inline int64_t _refusal(int result) noexcept nogil:
@@ -133,10 +151,8 @@ cdef int64_t disk_write(
     if result == 0:
         result = fd_pwrite_all(disk.fd, data, length, offset)
     leave(disk.control, slot)
-    if result > 0 and fd_count(&disk.dirty_bytes, length) >= _WRITEBACK_BYTES:
-        fd_reset(&disk.dirty_bytes)
-        if disk.writeback >= 0:
-            fd_wake(disk.writeback)
+    if result > 0:
+        _count_dirty(disk, length)
     return result
 
 
@@ -202,6 +218,8 @@ cdef int64_t disk_flush(DiskIO *disk, bint data_only) noexcept nogil:
     """Make every completed write durable."""
     if disk.read_only:
         return 0
+    fd_put(&disk.dirty_bytes, 0)
+    fd_put(&disk.writeback_bytes, _WRITEBACK_BYTES_MIN)
     return fd_flush(disk.fd, data_only)
 
 
@@ -228,6 +246,7 @@ cdef class Disk:
         self.io.index = index
         for i in range(CAPTURES_MAX):
             self.io.spills.fds[i] = spills[i] if spills else -1
+        self.io.writeback_bytes = _WRITEBACK_BYTES_MIN
 
     @property
     def fd(self):

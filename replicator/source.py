@@ -7,6 +7,7 @@ import trio
 
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.errors import FuseDiskError
+from fusedisk.image import keep_pages_small
 from fusedisk.mounting import find_state
 from fusedisk.replicas import Lag, lag_since
 from fusedisk.state import locked, read_mount_record
@@ -29,6 +30,8 @@ class Source:
             self.maps = [ChangeMap(self.state / f"{i}.map") for i in range(len(self.record.disks))]
             for disk in self.record.disks:
                 self.fds.append(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC))
+                # What a sender reads first is in the page cache when the guest writes to it.
+                keep_pages_small(self.fds[-1])
         except (OSError, ValueError) as error:
             self.close()
             raise FuseDiskError(f"cannot read the disks of {mountpoint}: {error}") from None

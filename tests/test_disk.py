@@ -90,6 +90,19 @@ def marked(changes: ChangeMap) -> list[int]:
     return [c for c in range(changes.chunks) if changes.last(c)]
 
 
+def test_a_large_write_at_an_odd_place_arrives_whole(tmp_path: Path):
+    size = 1 << 20
+    image = tmp_path / "image"
+    image.write_bytes(b"o" * size)
+    data = os.urandom(300_001)
+    control = Control.create(tmp_path / "control", 1)
+    changes = ChangeMap.create(tmp_path / "map", size, CHUNK)
+    with image.open("r+b") as file:
+        assert Disk(control, changes, file.fileno()).write(data, 12_345) == len(data)
+    end = 12_345 + len(data)
+    assert image.read_bytes() == b"o" * 12_345 + data + b"o" * (size - end)
+
+
 def test_zeroing_a_hole_marks_nothing(disk: tuple[Disk, ChangeMap, Path]):
     it, changes, image = disk
     it.zero(0, 1 << 60)
