@@ -172,6 +172,10 @@ cdef class _Mapping:
         self.fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(self.fd, os.fstat(self.fd).st_size, mmap.MAP_SHARED, access)
+        if writable:
+            # Marks are set all over: with readahead around each, a sparse map would be dense in
+            # the server's memory. Who only reads scans from end to end, and keeps it.
+            self._map.madvise(mmap.MADV_RANDOM)
         PyObject_GetBuffer(self._map, &self._view, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
         self.base = <char *>self._view.buf
 
