@@ -1,0 +1,81 @@
+"""Speed of a guest's direct I/O: this project, QEMU's FUSE export, and the limits on both sides."""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from common import GIB, scratch_parser, table
+from fio import fio, ratio, served, settle
+from systems import SYSTEMS
+
+# Name, fio's pattern, block size, depth.
+LOADS = [
+    ("4 KiB random read, depth 1", "randread", "4k", 1),
+    ("4 KiB random read, depth 16", "randread", "4k", 16),
+    ("4 KiB random write, depth 1", "randwrite", "4k", 1),
+    ("4 KiB random write, depth 16", "randwrite", "4k", 16),
+    ("1 MiB sequential read", "read", "1m", 4),
+    ("1 MiB sequential write", "write", "1m", 4),
+]
+OURS, PEER, LIMIT = "fusedisk", "QEMU", "null server"
+
+
+def measure(
+    disk: Path, size: int, how: str, load: tuple[str, str, str, int], seconds: int
+) -> float:
+    """One run of fio; I/Os a second."""
+    _, pattern, block, depth = load
+    words = [f"--ioengine={how}", f"--rw={pattern}", f"--bs={block}", f"--iodepth={depth}"]
+    words += ["--name=guest", f"--filename={disk}", f"--size={size}", "--time_based"]
+    job = fio(*words, f"--runtime={seconds}")[0]
+    return float(job["read" if "read" in pattern else "write"]["iops"])
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = scratch_parser(__doc__ or "")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=3, help="of each run")
+    parser.add_argument("--gib", type=int, default=1, help="size of the image")
+    parser.add_argument("--systems", help="some of them, separated by commas")
+    parser.add_argument("--loads", help="some of them, by number from 1, separated by commas")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure each system in turn, load by load and round after round, and print medians.
+
+    All are served at once, each with a copy of the image, so that those compared run seconds apart.
+    """
+    arguments = parse()
+    size = arguments.gib * GIB
+    names = arguments.systems.split(",") if arguments.systems else list(SYSTEMS)
+    loads = LOADS
+    if arguments.loads:
+        loads = [LOADS[int(number) - 1] for number in arguments.loads.split(",")]
+    seen: dict[tuple[str, str], list[float]] = {}
+    with served(arguments.scratch, names, size) as (disks, how):
+        for _ in range(arguments.rounds):
+            for load in loads:
+                for name in names:
+                    speed = measure(disks[name].path, size, how, load, arguments.seconds)
+                    seen.setdefault((load[0], name), []).append(speed)
+                    print(f"{name}: {load[0]}: {speed:,.0f}", file=sys.stderr)
+                    settle(disks[name].image)
+    ratios = [other for other in (PEER, LIMIT) if other in names and OURS in names]
+    rows = []
+    for load in loads:
+        runs = {name: seen[load[0], name] for name in names}
+        unit = "MiB/s" if load[2] == "1m" else "IOPS"
+        rows.append(
+            [f"{load[0]} ({unit})"]
+            + [f"{statistics.median(runs[name]):,.0f}" for name in names]
+            + [f"{ratio(runs[OURS], runs[other]):.2f}" for other in ratios]
+        )
+    print(f"fio with {how}, {arguments.rounds} rounds of {arguments.seconds} s, medians\n")
+    table(["load", *names, *(f"{OURS} / {other}" for other in ratios)], rows)
+
+
+if __name__ == "__main__":
+    main()
