@@ -11,6 +11,7 @@ cdef int enter(char *control, Py_ssize_t hint, Py_ssize_t *slot, uint32_t *epoch
 cdef void leave(char *control, Py_ssize_t slot) noexcept nogil
 cdef bint quiet(const char *control, uint32_t epoch) noexcept nogil
 cdef int held(char *control) noexcept nogil
+cdef void doubt(char *control) noexcept nogil
 
 cdef struct Marks:
     int fd

@@ -4,7 +4,7 @@
 Two kinds of file, both little endian and local to one host:
 
 control file   offset 0   8 bytes magic ``FDCTRL1\\0``
-               offset 64  u64 control word: bits 0-31 epoch, bit 32 gate, bit 33 fence
+               offset 64  u64 control word: bits 0-31 epoch, bit 32 gate, bit 33 fence, bit 34 doubt
                offset 72 and from 1024 on: open captures (fusedisk.capture)
                offset 4096, one slot every 64 bytes (a cache line): u64 announced word, 0 = free
 map file       offset 0   8 bytes magic ``FDMAP01\\0``, u64 disk size, u64 chunk size (bytes)
@@ -73,6 +73,7 @@ FENCE = 1 << 33
 cdef uint64_t EPOCH_MASK = 0xFFFFFFFF
 cdef uint64_t GATE_BIT = 1 << 32
 cdef uint64_t FENCE_BIT = 1ULL << 33
+cdef uint64_t DOUBT_BIT = 1ULL << 34
 cdef Py_ssize_t SLOT_COUNT = 512
 cdef Py_ssize_t PAGE_MARKS = 1024
 
@@ -120,6 +121,11 @@ cdef int enter(char *control, Py_ssize_t hint, Py_ssize_t *slot, uint32_t *epoch
 cdef void leave(char *control, Py_ssize_t slot) noexcept nogil:
     """End an announcement: what was written under it is marked and in the image."""
     fd_store(_slot(control, slot), 0)
+
+
+cdef void doubt(char *control) noexcept nogil:
+    """Note that an image may lack what was acknowledged: the kernel reports that only once."""
+    fd_or(<uint64_t *>(control + 64), DOUBT_BIT)
 
 
 cdef int held(char *control) noexcept nogil:
@@ -245,6 +251,12 @@ cdef class Control(_Mapping):
         """Whether writes are refused for good."""
         self._check_open()
         return bool(fd_load(self.word) & FENCE_BIT)
+
+    @property
+    def doubtful(self):
+        """Whether the flush of an image has failed, so that no clean mark may be written."""
+        self._check_open()
+        return bool(fd_load(self.word) & DOUBT_BIT)
 
     def _own(self):
         self._check_open()

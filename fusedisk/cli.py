@@ -90,7 +90,9 @@ def mount(
 def unmount(mountpoint: Path) -> None:
     """Flush, record a clean state, end the daemons."""
     state = mounting.find_state(mountpoint)
-    mounting.unmount(mountpoint)
+    note = mounting.unmount(mountpoint)
+    if note:
+        click.echo(f"fusedisk: {note}", err=True)
     for name, lag in lagging(state):
         what = f"lacks {lag.bytes} bytes" if lag else "has no complete copy of these disks"
         click.echo(f"replica {name} {what}; the next start goes on from there")
@@ -114,9 +116,11 @@ def status(mountpoint: Path, as_json: bool) -> None:
         return
     fence = ", fenced" if found["fenced"] else ""
     click.echo(f"{found['mountpoint']}: epoch {found['epoch']}{fence}")
-    if found["server"]["pid"] is None:
+    if found["server"]["pid"] is None and found["keeper"]["pid"] is None:
+        click.echo("  server and keeper are gone, the disks are dead: unmount, then mount again")
+    elif found["server"]["pid"] is None:
         click.echo("  the disk server is down; the keeper is starting another one")
-    if found["keeper"]["pid"] is None:
+    elif found["keeper"]["pid"] is None:
         click.echo("  the keeper is gone: a crash of the server would now take the disks away")
     for disk in found["disks"]:
         click.echo(

@@ -10,6 +10,7 @@ Nothing that the kernel sends is believed: lengths and ranges are checked before
 
 import errno
 import os
+import select
 import signal
 import socket
 import threading
@@ -35,7 +36,9 @@ cdef extern from *:
     #include <linux/falloc.h>
     #include <stdint.h>
     #include <stdlib.h>
+    #include <string.h>
     #include <sys/ioctl.h>
+    #include <sys/mman.h>
     #include <sys/socket.h>
     #include <sys/uio.h>
     #include <unistd.h>
@@ -73,7 +76,13 @@ cdef extern from *:
     static char *fd_pages(size_t length)
     {
         void *found = NULL;
-        return posix_memalign(&found, 4096, length) ? NULL : found;
+        if (posix_memalign(&found, 4096, length))
+            return NULL;
+        /* Invariant: resident, as far as we may. When a thread is killed, the kernel does not
+           finish a page fault for it and fails the request that it was copying: an I/O error. */
+        memset(found, 0, length);
+        (void)!mlock(found, length);
+        return found;
     }
     static int fd_exchange(int *p, int v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
     static int fd_add_int(int *p, int v) { return __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST); }
@@ -123,6 +132,7 @@ cdef enum:
     _MAX_BACKGROUND = 256
 
 _INTERRUPT = signal.SIGUSR2
+_SESSION_SECONDS_MAX = 10.0
 
 
 cdef class DataPath:
@@ -297,6 +307,10 @@ cdef class DataPath:
         cdef bint keep
         if n < 72 or length == 0 or offset > (1ULL << 62) or length > (1ULL << 62):
             return -EINVAL
+        if (asked.mode & ~<uint32_t>FALLOC_FL_KEEP_SIZE) != <uint32_t>FALLOC_FL_ZERO_RANGE and (
+            asked.mode != <uint32_t>(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+        ):
+            return -EOPNOTSUPP
         keep = asked.mode & FALLOC_FL_KEEP_SIZE
         if offset + length > disk.size:
             if not keep:
@@ -305,11 +319,7 @@ cdef class DataPath:
             if offset >= disk.size:
                 return 0
             length = disk.size - offset
-        if (asked.mode & ~<uint32_t>FALLOC_FL_KEEP_SIZE) == <uint32_t>FALLOC_FL_ZERO_RANGE or (
-            asked.mode == <uint32_t>(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
-        ):
-            return disk_zero(disk, slot, offset, length)
-        return -EOPNOTSUPP
+        return disk_zero(disk, slot, offset, length)
 
     cdef void _flush(self, k.fuse_in_header *request, char *head, size_t n) noexcept nogil:
         cdef k.fuse_fsync_in *asked = <k.fuse_fsync_in *>(head + 40)
@@ -334,7 +344,10 @@ cdef class DataPath:
         cdef k.fuse_ioctl_in *asked = <k.fuse_ioctl_in *>(head + 40)
         cdef char reply[16 + 12]
         cdef fd_dioattr needs
-        if n < 72 or asked.cmd != FD_XFS_IOC_DIOINFO or self._disk(request.nodeid) == NULL:
+        if (
+            n < 72 or asked.cmd != FD_XFS_IOC_DIOINFO or asked.out_size < sizeof(needs)
+            or self._disk(request.nodeid) == NULL
+        ):
             self._answer(request.unique, -ENOTTY, NULL, 0)
             return
         needs.mem = needs.min_io = 512
@@ -485,7 +498,12 @@ cdef class DataPath:
         cdef k.fuse_out_header notify
         cdef bytes reply
         cdef int64_t n
+        cdef k.fuse_in_header *asked = <k.fuse_in_header *><char *>request
+        if len(request) < 56 or asked.len != len(request) or asked.opcode != k.FUSE_INIT:
+            raise OSError(errno.EINVAL, "the recorded INIT request is damaged")
         self._relay_socket.sendall(request)
+        if not select.select([self._relay_socket], [], [], _SESSION_SECONDS_MAX)[0]:
+            raise OSError(errno.ETIMEDOUT, "the session did not answer the recorded INIT")
         reply = self._relay_socket.recv(4096)
         if len(reply) < 16:
             raise OSError(errno.EPROTO, "the session did not take the recorded INIT")

@@ -14,7 +14,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fusedisk.capture cimport CAPTURES_MAX, captures_open, preserve
 from fusedisk.changemap cimport (
-    FENCED, GATED, ChangeMap, Control, enter, held, leave, raise_marks,
+    FENCED, GATED, ChangeMap, Control, doubt, enter, held, leave, raise_marks,
 )
 
 from fusedisk.changemap import Fenced, Gated
@@ -216,11 +216,15 @@ cdef int64_t disk_seek(DiskIO *disk, uint64_t offset, int whence) noexcept nogil
 
 cdef int64_t disk_flush(DiskIO *disk, bint data_only) noexcept nogil:
     """Make every completed write durable."""
+    cdef int64_t result
     if disk.read_only:
         return 0
     fd_put(&disk.dirty_bytes, 0)
     fd_put(&disk.writeback_bytes, _WRITEBACK_BYTES_MIN)
-    return fd_flush(disk.fd, data_only)
+    result = fd_flush(disk.fd, data_only)
+    if result:
+        doubt(disk.control)
+    return result
 
 
 cdef class Disk:

@@ -10,6 +10,7 @@ import logging
 import logging.handlers
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -21,12 +22,18 @@ log = logging.getLogger("fusedisk.keeper")
 
 # Exit status of a server that made room for another one (sysexits.h: EX_TEMPFAIL).
 DRAINED = 75
+# Exit status of a server whose images may lack what was written (EX_IOERR). Another server would
+# not be told of it: the kernel reports a failed writeback once, and its clean mark would be wrong.
+FLUSH_FAILED = 74
 
 _RESTART_SECONDS_MAX = 10.0
 _WORKED_SECONDS = 10.0
 # A mount that is gone again by then never had use for a spare server.
 _SPARE_SECONDS = 1.0
+_SPARE_RETRY_SECONDS = 5.0
 _LONG_SECONDS = 3600.0
+# After that many failures in a row, a server is not needed any more where the mount is gone.
+_FAILURES_AFTER_UNMOUNT = 3
 
 # SIGTERM and SIGINT: unmount. SIGUSR1: replace the server by one of the installed code, in order.
 SIGNALS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
@@ -117,6 +124,11 @@ class Server:
             self._said += os.read(self._reports, 16)
         return letter in self._said
 
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone."""
+        return self.process.poll() is not None
+
     def close(self) -> None:
         """End one that has not begun, and forget one that has ended."""
         os.close(self._go)
@@ -134,6 +146,7 @@ class Keeper:
         self._arguments, self._device = arguments, device
         self._nowhere = os.open(os.devnull, os.O_WRONLY)
         self._spare: Server | None = None
+        self._spare_due = 0.0
         self._restarts = self._failures = 0
         self._replace = False
 
@@ -150,20 +163,64 @@ class Keeper:
             server.close()
             if status == 0:
                 break
+            if status == FLUSH_FAILED:
+                log.error("unmounted, but not all of it is in the images; see server.log")
+                break
             if not survives_crashes() or (self._restarts == 0 and not worked):
                 # Leaving the dead mount would only give every caller ENOTCONN or make it wait.
                 log.error("the disk server ended with status %d", status)
                 unmount(self._arguments.mountpoint, lazy=True)
                 break
             self._wait_before_restart(status, worked)
+            if self._failures >= _FAILURES_AFTER_UNMOUNT and self._mount_is_gone():
+                log.error("unmounted, but no server could flush the images")
+                break
             self._restarts += 1
-            server, self._spare = self._spare or self._make_spare(), None
+            server = self._next_server()
         self._drop_spare()
         log.info("ended")
         return 0 if status == 0 else 1
 
     def _make_spare(self) -> Server:
         return Server(self._arguments, self._device, self._nowhere)
+
+    def _next_server(self) -> Server:
+        """The spare server, or a fresh one where that is gone too."""
+        if self._spare is not None and self._spare.ended:
+            self._drop_spare()
+        server, self._spare = self._spare, None
+        while server is None:
+            try:
+                server = self._make_spare()
+            except OSError as error:
+                # Short of memory or processes. Giving up would take the disks away for good.
+                log.error("cannot start a disk server, trying again: %s", error)
+                time.sleep(1)
+        return server
+
+    def _mount_is_gone(self) -> bool:
+        poller = select.poll()
+        poller.register(self._device, 0)
+        return any(events & select.POLLERR for _, events in poller.poll(0))
+
+    def _tend_spare(self) -> None:
+        """Have a spare server; one that ends by itself is not replaced in a tight loop."""
+        if not survives_crashes():
+            return
+        now = time.monotonic()
+        if self._spare is not None and self._spare.ended:
+            log.warning("the spare server ended with status %d", self._spare.process.returncode)
+            self._drop_spare()
+            self._spare_due = now + _SPARE_RETRY_SECONDS
+            if self._replace:
+                self._replace = False
+                log.error("the server is not replaced: the installed code does not load")
+        if self._spare is None and now >= self._spare_due:
+            try:
+                self._spare = self._make_spare()
+            except OSError as error:
+                log.warning("cannot start a spare server: %s", error)
+                self._spare_due = now + _SPARE_RETRY_SECONDS
 
     def _drop_spare(self) -> None:
         if self._spare is not None:
@@ -173,6 +230,7 @@ class Keeper:
     def _watch(self, server: Server) -> int:
         """Wait for the server's end, meanwhile keeping a spare; its status."""
         seconds: float = _SPARE_SECONDS
+        self._spare_due = time.monotonic() + _SPARE_SECONDS
         while (status := server.process.poll()) is None:
             caught = signal.sigtimedwait(SIGNALS, seconds)
             if caught is not None and caught.si_signo in (signal.SIGTERM, signal.SIGINT):
@@ -180,15 +238,16 @@ class Keeper:
             elif caught is not None and caught.si_signo == signal.SIGUSR1:
                 # The installed code may be newer than what the spare has loaded.
                 self._drop_spare()
-                self._replace = survives_crashes()
-            elif self._spare is None and survives_crashes():
-                self._spare = self._make_spare()
-            if self._replace and self._spare is None:
-                self._spare = self._make_spare()
-            elif self._replace and self._spare is not None and self._spare.reported(b"l"):
+                self._replace, self._spare_due = survives_crashes(), 0.0
+            self._tend_spare()
+            if self._replace and self._spare is not None and self._spare.reported(b"l"):
                 self._replace = False
                 server.process.send_signal(signal.SIGUSR1)
-            seconds = 0.02 if self._replace else _LONG_SECONDS
+            seconds = _LONG_SECONDS
+            if self._replace:
+                seconds = 0.02
+            elif self._spare is None and survives_crashes():
+                seconds = max(self._spare_due - time.monotonic(), 0.0)
         return status
 
     def _wait_before_restart(self, status: int, worked: bool) -> None:
@@ -207,8 +266,12 @@ class Keeper:
         pids = {"keeper": os.getpid(), "server": server.process.pid, "restarts": self._restarts}
         file = Path(self._arguments.state) / "pids.json"
         scratch = file.with_name("pids.json.new")
-        scratch.write_text(json.dumps(pids))
-        scratch.rename(file)
+        try:
+            scratch.write_text(json.dumps(pids))
+            scratch.rename(file)
+        except OSError as error:
+            # A full file system, most likely: no reason to give up the mount.
+            log.warning("cannot tell who serves: %s", error)
 
     def _stop(self) -> None:
         """Unmount, as far as nobody uses the disks."""
@@ -253,7 +316,11 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(message)s"
     )
-    return run(arguments)
+    try:
+        return run(arguments)
+    except Exception:
+        log.exception("the keeper failed")
+        return 1
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fusedisk.changemap import CHUNK_MAX, CHUNK_MIN, Control
 from fusedisk.daemons import read_daemons
+from fusedisk.datapath import DISKS_MAX
 from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.fencing import read_fence
 from fusedisk.image import Image, create_image, open_image
@@ -81,6 +82,8 @@ def mount(
         CHUNK_MIN <= options.chunk_size <= CHUNK_MAX
     ):
         raise UsageError("--chunk-size must be a power of two from 4KiB to 16MiB")
+    if len(images) > DISKS_MAX:
+        raise UsageError(f"a mount serves at most {DISKS_MAX} disks")
     _check_mountpoint(mountpoint)
     names = [image.name for image in images]
     for name in names:
@@ -219,26 +222,34 @@ def upgrade(mountpoint: Path) -> int:
     os.kill(before.keeper, signal.SIGUSR1)
     deadline = time.monotonic() + _UPGRADE_SECONDS_MAX
     while (now := read_daemons(state)).restarts == before.restarts or now.server is None:
+        if now.keeper is None:
+            raise FuseDiskError("the mount ended meanwhile")
         if time.monotonic() > deadline:
             raise FuseDiskError(f"the server was not replaced; see the logs in {state}")
         time.sleep(0.01)
     return now.server
 
 
-def unmount(mountpoint: Path) -> None:
+def unmount(mountpoint: Path) -> str | None:
     """Flush, record a clean state, and end the daemons. Raises FuseDiskError.
 
     A busy mount is refused by the kernel and stays as it is. Senders read the images, not the
-    mount, so they never make it busy.
+    mount, so they never make it busy. Returns what to tell of a mount whose daemons had died: it
+    is taken away, busy or not, and has no clean state.
     """
     state = find_state(mountpoint)
-    failure = fusermount(str(mountpoint.resolve()))
+    daemons = read_daemons(state)
+    dead = daemons.keeper is None and daemons.server is None and not locked(state)
+    failure = fusermount(str(mountpoint.resolve()), lazy=dead)
     if failure is not None:
         raise FuseDiskError(f"not unmounted: {failure}; close what uses the disks")
+    if dead:
+        return "server and keeper had died; the next mount will not trust the change map"
     deadline = time.monotonic() + _FLUSH_SECONDS_MAX
     while locked(state):
         if time.monotonic() > deadline:
             raise FuseDiskError(f"unmounted, but the server is still flushing; see {state}")
         time.sleep(0.01)
     if not (state / "clean.json").exists():
-        raise FuseDiskError(f"unmounted, but the last flush failed; see {state / 'server.log'}")
+        raise FuseDiskError(f"unmounted, but a flush failed; see {state / 'server.log'}")
+    return None

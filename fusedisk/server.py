@@ -26,7 +26,7 @@ from fusedisk.datapath import DataPath
 from fusedisk.disk import Disk
 from fusedisk.filesystem import DiskFilesystem, NamedDisk
 from fusedisk.gate import release_if_abandoned
-from fusedisk.keeper import DRAINED, SIGNALS
+from fusedisk.keeper import DRAINED, FLUSH_FAILED, SIGNALS
 from fusedisk.state import read_mount_record, record_clean
 
 log = logging.getLogger("fusedisk.server")
@@ -86,7 +86,14 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
         log.info("drained, for the next server")
         return DRAINED
     # The kernel has let go of the device: nobody can write any more.
-    await trio.to_thread.run_sync(record_clean, state, fds, control, maps)
+    if control.doubtful:
+        log.error("a flush failed while it was mounted, so there is no clean mark")
+        return FLUSH_FAILED
+    try:
+        await trio.to_thread.run_sync(record_clean, state, fds, control, maps)
+    except OSError:
+        log.exception("the last flush failed, so there is no clean mark")
+        return FLUSH_FAILED
     log.info("unmounted, clean")
     return 0
 
@@ -96,13 +103,28 @@ async def _run(
 ) -> bool:
     """Serve; true at the end of the mount, false when told to make room for another server."""
     limiter = trio.CapacityLimiter(math.inf)
-    unmounted = True
+    unmounted, ending = True, False
 
     async def native(loop: Callable[..., T], *args: object) -> T:
-        return await trio.to_thread.run_sync(loop, *args, limiter=limiter)
+        try:
+            return await trio.to_thread.run_sync(loop, *args, limiter=limiter)
+        except Exception:
+            log.exception("a thread of the data path failed")
+            # The other threads cannot be cancelled, and half a server would let requests wait for
+            # ever. The next one goes on with what is not answered.
+            os._exit(1)
+
+    async def session() -> None:
+        try:
+            await pyfuse3.main(1, _SESSION_TASKS_MAX)
+        except Exception:
+            log.exception("the pyfuse3 session failed")
+        if not ending:
+            log.error("the pyfuse3 session ended by itself")
+            os._exit(1)
 
     async with trio.open_nursery() as everything:
-        everything.start_soon(pyfuse3.main, 1, _SESSION_TASKS_MAX)
+        everything.start_soon(session)
         try:
             if resume:
                 await native(path.resume, (arguments.state / "init").read_bytes())
@@ -128,6 +150,7 @@ async def _run(
             while not unmounted and path.relayed:
                 await trio.sleep(0.001)
         finally:
+            ending = True
             path.stop()
             path.close()
         everything.cancel_scope.cancel()
