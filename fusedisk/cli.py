@@ -12,7 +12,8 @@ from fusedisk.signals import StopSignals
 from fusedisk.status import status as mount_status
 from fusedisk.units import parse_size
 
-# Nothing is checked here: opening says more, and ends as any other failure.
+# Nothing is checked here: opening says more, and ends as any other failure. Where something may be
+# mounted already it is plain Path: click's own asks for attributes, which a dead server never says.
 PATH = click.Path(readable=False, path_type=Path)
 
 
@@ -86,7 +87,7 @@ def mount(
 
 
 @cli.command()
-@click.argument("mountpoint", type=PATH)
+@click.argument("mountpoint", type=Path)
 def unmount(mountpoint: Path) -> None:
     """Flush, record a clean state, end the daemons."""
     state = mounting.find_state(mountpoint)
@@ -99,14 +100,14 @@ def unmount(mountpoint: Path) -> None:
 
 
 @cli.command()
-@click.argument("mountpoint", type=PATH)
+@click.argument("mountpoint", type=Path)
 def upgrade(mountpoint: Path) -> None:
     """Replace the disk server by one of the installed code; no request fails."""
     click.echo(f"served by process {mounting.upgrade(mountpoint)}")
 
 
 @cli.command()
-@click.argument("mountpoint", type=PATH)
+@click.argument("mountpoint", type=Path)
 @click.option("--json", "as_json", is_flag=True)
 def status(mountpoint: Path, as_json: bool) -> None:
     """Show the disks of a mount and how much of them was written."""

@@ -53,15 +53,30 @@ def find_state(mountpoint: Path) -> Path:
 
     Raises FuseDiskError where nothing of ours is mounted.
     """
-    wanted = os.path.realpath(mountpoint)
-    found = None
+    return _find_mount(mountpoint)[1]
+
+
+def _find_mount(mountpoint: Path) -> tuple[str, Path]:
+    """(mountpoint as the kernel names it, state directory). Raises FuseDiskError."""
+    mounts = _our_mounts()
+    # Its parent first: to ask about the mountpoint itself would wait for a server that is down.
+    path = os.path.abspath(mountpoint)
+    wanted = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    if wanted not in mounts:
+        wanted = os.path.realpath(mountpoint)
+    if wanted not in mounts:
+        raise FuseDiskError(f"{mountpoint} is not a fusedisk mount")
+    return wanted, mounts[wanted]
+
+
+def _our_mounts() -> dict[str, Path]:
+    """State directories by mountpoint; of several mounts on one another the last, on top."""
+    found = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         kind, source = after.split(" ")[:2]
-        if kind == "fuse.fusedisk" and _unescape(before.split(" ")[4]) == wanted:
-            found = Path(_unescape(source))
-    if found is None:
-        raise FuseDiskError(f"{mountpoint} is not a fusedisk mount")
+        if kind == "fuse.fusedisk":
+            found[_unescape(before.split(" ")[4])] = Path(_unescape(source))
     return found
 
 
@@ -237,10 +252,10 @@ def unmount(mountpoint: Path) -> str | None:
     mount, so they never make it busy. Returns what to tell of a mount whose daemons had died: it
     is taken away, busy or not, and has no clean state.
     """
-    state = find_state(mountpoint)
+    where, state = _find_mount(mountpoint)
     daemons = read_daemons(state)
     dead = daemons.keeper is None and daemons.server is None and not locked(state)
-    failure = fusermount(str(mountpoint.resolve()), lazy=dead)
+    failure = fusermount(where, lazy=dead)
     if failure is not None:
         raise FuseDiskError(f"not unmounted: {failure}; close what uses the disks")
     if dead:

@@ -1,0 +1,498 @@
+"""Servers and keepers killed under load: the guest sees a pause, never an error or an old block.
+
+FUSEDISK_SERVER_KILLS is the number of kills at random points (default 12).
+"""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Mount, fusedisk, processes, unavailable, wait_for
+from guest_writers import Writer, unexplained
+from test_replication import REPLICATOR, Process
+
+from fusedisk.changemap import ChangeMap, Control
+from fusedisk.extents import data_extents
+from fusedisk.gate import take_lease
+
+KILLS = int(os.environ.get("FUSEDISK_SERVER_KILLS", "12"))
+MIB = 1 << 20
+CHUNK = 65536
+SIZES = [24 * MIB + 4608, 9 * MIB]
+WRITERS = 6
+
+MakeMount = Callable[..., Mount]
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, fuse: MakeMount) -> Mount:
+    images = [tmp_path / f"disk{i}.img" for i in range(len(SIZES))]
+    for image, size in zip(images, SIZES, strict=True):
+        image.touch()
+        os.truncate(image, size)
+    mount = fuse(*images)
+    mount.mount()
+    return mount
+
+
+class Load:
+    """Writers at queue depth, cached and direct, that know what was acknowledged."""
+
+    def __init__(self, mount: Mount) -> None:
+        self.mount = mount
+        self.contents = [bytearray(size) for size in SIZES]
+        disks = [mount.disk(i) for i in range(len(SIZES))]
+        self.writers = [Writer(disks, self.contents, range(i, WRITERS), i) for i in range(WRITERS)]
+        for writer in self.writers:
+            writer.pause_seconds = 0.0
+            writer.start()
+
+    def progress(self) -> None:
+        """Wait until every writer got an answer to a request made after now."""
+        before = [writer.acknowledged for writer in self.writers]
+
+        def moved() -> bool:
+            self.check()
+            return all(w.acknowledged > n + 1 for w, n in zip(self.writers, before, strict=True))
+
+        wait_for(moved, "all writers go on")
+
+    def check(self) -> None:
+        for writer in self.writers:
+            assert writer.refused is None and writer.failure is None, writer.said()
+
+    def end(self) -> None:
+        for writer in self.writers:
+            writer.stop()
+        for writer in self.writers:
+            writer.join(30)
+            assert not writer.is_alive()
+        self.check()
+
+    def verify(self, paths: list[Path]) -> None:
+        for disk, path in enumerate(paths):
+            assert unexplained(path.read_bytes(), disk, self.contents[disk], self.writers) == []
+
+
+@pytest.fixture
+def load(mounted: Mount) -> Iterator[Load]:
+    made = Load(mounted)
+    yield made
+    for writer in made.writers:
+        writer.stop()
+    for writer in made.writers:
+        writer.join(30)
+
+
+def kill_server(mount: Mount) -> float:
+    """Kill it and wait for a first answer by the next; the guest's pause in seconds."""
+    pid = mount.server()
+    fd = os.open(mount.disk(), os.O_RDWR)
+    try:
+        begun = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        os.fsync(fd)
+        pause = time.monotonic() - begun
+    finally:
+        os.close(fd)
+    wait_for(lambda: mount.server() != pid, "another server is named")
+    return pause
+
+
+def kill_by_id(mount: Mount) -> None:
+    """Kill it and wait until the next one is named."""
+    pid = mount.server()
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: mount.server() != pid, "another server begins")
+
+
+def keeper_log(mount: Mount) -> str:
+    return (mount.state / "keeper.log").read_text()
+
+
+def wait_for_spare(mount: Mount) -> int:
+    """The process id of the server that waits."""
+
+    def spares() -> list[int]:
+        found = processes("fusedisk.server", mount.state)
+        return [pid for pid in found if pid != mount.server()]
+
+    wait_for(spares, "there is a spare server")
+    return spares()[0]
+
+
+def all_data_is_marked(mount: Mount) -> None:
+    """The disks began as holes, so whatever is data now was written."""
+    for index, image in enumerate(mount.images):
+        changes = ChangeMap(mount.state / f"{index}.map")
+        with image.open("rb") as file:
+            for offset, length in data_extents(file.fileno(), 0, changes.size):
+                for chunk in range(offset // CHUNK, (offset + length - 1) // CHUNK + 1):
+                    assert changes.last(chunk) > 0, (index, chunk)
+        changes.close()
+
+
+@pytest.mark.soak
+def test_killed_at_random_points_nothing_is_lost(mounted: Mount, load: Load) -> None:
+    chance = random.Random(KILLS)
+    pauses = []
+    for _ in range(KILLS):
+        load.progress()
+        # Anywhere among requests, also before a spare server is ready.
+        time.sleep(chance.uniform(0, 0.6))
+        pauses.append(kill_server(mounted))
+    load.progress()
+    load.end()
+    pauses.sort()
+    milliseconds = [round(1000 * p) for p in (pauses[len(pauses) // 2], pauses[-1])]
+    print(f"{KILLS} kills; pause: median {milliseconds[0]} ms, longest {milliseconds[1]} ms")
+    status = mounted.status()
+    assert status["server"]["restarts"] == KILLS
+    load.verify([mounted.disk(i) for i in range(len(SIZES))])
+    all_data_is_marked(mounted)
+    changed = mounted.changed()
+    mounted.unmount()
+    load.verify(mounted.images)
+    # Trusted, and the same: a crash of the server alone costs no comparison.
+    assert mounted.mount() == ""
+    assert mounted.changed() == changed
+
+
+@pytest.mark.soak
+def test_killed_while_replicating_the_replica_is_identical(
+    tmp_path: Path, mounted: Mount, load: Load
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    address = f"unix://{tmp_path / 'receiver'}"
+    receiver = Process(tmp_path / "receiver.log", "receive", "--store", store, address)
+    where = ("--name", "r", "--rpo", "0.1")
+    try:
+        wait_for(lambda: receiver.out.read_text(), "the receiver listens")
+        sender = Process(tmp_path / "sender.log", "start", *where, mounted.mountpoint, address)
+        try:
+            chance = random.Random(KILLS)
+            for _ in range(KILLS):
+                load.progress()
+                time.sleep(chance.uniform(0, 0.6))
+                kill_server(mounted)
+            load.progress()
+            load.end()
+            result = subprocess.run(
+                [
+                    *(REPLICATOR, "cutover", "--json", "--max-downtime", "20000"),
+                    str(mounted.mountpoint),
+                ],
+                capture_output=True,
+                text=True,
+                timeout=90,
+                check=False,
+            )
+            assert result.returncode == 0, (result.stderr, sender.said)
+            assert sender.wait() == 0
+        finally:
+            sender.kill()
+    finally:
+        receiver.kill()
+    load.verify([store / "r" / image.name for image in mounted.images])
+    for image in mounted.images:
+        assert (store / "r" / image.name).read_bytes() == image.read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "libaio"])
+def test_fio_verifies_through_kills(mounted: Mount, engine: str) -> None:
+    if not shutil.which("fio"):
+        unavailable("fio is missing")
+    command = [
+        *("fio", "--name=v", f"--filename={mounted.disk()}", f"--ioengine={engine}"),
+        *("--rw=randwrite", "--bs=4k", "--iodepth=16", "--direct=1", "--verify=crc32c"),
+        *("--numjobs=2", "--size=1m", "--offset_increment=1m", "--loops=8", "--rate_iops=500"),
+        *("--verify_fatal=1", "--verify_state_save=0", "--fsync=64"),
+    ]
+    fio = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(3):
+            time.sleep(0.7)
+            assert fio.poll() is None
+            kill_server(mounted)
+        said, _ = fio.communicate(timeout=90)
+    finally:
+        fio.kill()
+        fio.wait()
+    assert fio.returncode == 0, said
+    assert mounted.status()["server"]["restarts"] == 3
+
+
+def test_killed_while_flushing(mounted: Mount) -> None:
+    errors: list[OSError] = []
+    stop = threading.Event()
+
+    def flush(number: int) -> None:
+        fd = os.open(mounted.disk(), os.O_RDWR)
+        try:
+            while not stop.is_set():
+                os.pwrite(fd, os.urandom(MIB), number * MIB)
+                (os.fsync if number % 2 else os.fdatasync)(fd)
+        except OSError as error:
+            errors.append(error)
+        finally:
+            os.close(fd)
+
+    threads = [threading.Thread(target=flush, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        time.sleep(0.2)
+        kill_server(mounted)
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert errors == []
+
+
+@pytest.mark.parametrize("outcome", ["opened", "fenced", "abandoned"])
+def test_held_writes_stay_held_by_the_next_server(mounted: Mount, outcome: str) -> None:
+    fd = os.open(mounted.disk(), os.O_RDWR)
+    results: list[int] = []
+
+    def write() -> None:
+        try:
+            results.append(os.pwrite(fd, b"held", 0))
+        except OSError as error:
+            results.append(-(error.errno or 0))
+
+    writer = threading.Thread(target=write)
+    lease = take_lease(mounted.state)
+    control = Control(mounted.state / "control", True)
+    try:
+        control.set_gate(True)
+        writer.start()
+        for _ in range(2):
+            kill_by_id(mounted)
+            # Reads are answered, so the server is up; the write waits still.
+            assert os.pread(fd, 4, MIB) == bytes(4)
+            assert results == []
+            assert mounted.images[0].read_bytes()[:4] == bytes(4)
+        if outcome == "fenced":
+            control.set_fence(True)
+        if outcome != "abandoned":
+            control.set_gate(False)
+    finally:
+        # Whoever holds the lease no more has no say over the gate: the server opens it.
+        os.close(lease)
+        writer.join(20)
+        control.close()
+        os.close(fd)
+    assert results == ([-errno.EROFS] if outcome == "fenced" else [4])
+
+
+def test_the_spare_server_killed_is_replaced(mounted: Mount, load: Load) -> None:
+    spare = wait_for_spare(mounted)
+    os.kill(spare, signal.SIGKILL)
+    wait_for(lambda: "the spare server ended" in keeper_log(mounted), "the keeper noticed")
+    # With and without a spare, the next server is there.
+    kill_server(mounted)
+    load.progress()
+    wait_for_spare(mounted)
+    kill_server(mounted)
+    load.progress()
+    load.end()
+    load.verify([mounted.disk(i) for i in range(len(SIZES))])
+    assert mounted.status()["server"]["restarts"] == 2
+
+
+def test_the_keeper_killed_the_disk_goes_on(mounted: Mount, load: Load) -> None:
+    wait_for_spare(mounted)
+    (keeper,) = processes("fusedisk.keeper", mounted.state)
+    server = mounted.server()
+    os.kill(keeper, signal.SIGKILL)
+    # The spare server ends with the keeper.
+    wait_for(lambda: mounted.daemons() == [server], "only the server is left")
+    load.progress()
+    status = mounted.status()
+    assert status["keeper"]["pid"] is None and status["server"]["pid"] == server
+    assert "the keeper is gone" in fusedisk("status", mounted.mountpoint).stdout
+    refused = fusedisk("upgrade", mounted.mountpoint)
+    assert refused.returncode == 1 and "the keeper is gone" in refused.stderr
+    load.end()
+    mounted.unmount()
+    load.verify(mounted.images)
+    assert mounted.mount() == ""
+
+
+def close_dead(fd: int) -> None:
+    """Close a file whose server is gone: the kernel says so, and closes it."""
+    with pytest.raises(OSError, match="not connected"):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_keeper_and_server_killed(mounted: Mount, busy: bool) -> None:
+    fd = os.open(mounted.disk(), os.O_RDWR)
+    os.pwrite(fd, b"x", 0)
+    try:
+        (keeper,) = processes("fusedisk.keeper", mounted.state)
+        os.kill(keeper, signal.SIGKILL)
+        os.kill(mounted.server(), signal.SIGKILL)
+        mounted.wait_ended()
+        with pytest.raises(OSError):
+            os.pread(fd, 1, 0)
+        if not busy:
+            close_dead(fd)
+        status = mounted.status()
+        assert status["keeper"]["pid"] is None and status["server"]["pid"] is None
+        assert "the disks are dead" in fusedisk("status", mounted.mountpoint).stdout
+        result = fusedisk("unmount", mounted.mountpoint)
+        assert result.returncode == 0, result.stderr
+        assert "server and keeper had died" in result.stderr
+        assert not mounted.mounted
+    finally:
+        if busy:
+            close_dead(fd)
+    assert "was not unmounted cleanly" in mounted.mount()
+
+
+def test_a_server_that_cannot_start_is_tried_again_ever_more_seldom(
+    mounted: Mount, load: Load
+) -> None:
+    request = (mounted.state / "init").read_bytes()
+    load.progress()
+    (mounted.state / "init").write_bytes(request[:-1])
+    os.kill(mounted.server(), signal.SIGKILL)
+    begun = time.monotonic()
+
+    def delays() -> list[float]:
+        lines = [s for s in keeper_log(mounted).splitlines() if "starting another in" in s]
+        return [float(s.split()[-2]) for s in lines]
+
+    wait_for(lambda: len(delays()) >= 6, "several servers failed")
+    assert time.monotonic() - begun > sum(delays()[:-1])
+    assert delays()[2:6] == sorted(set(delays()[2:6]))
+    assert "recorded INIT request is damaged" in (mounted.state / "server.log").read_text()
+    load.check()
+    (mounted.state / "init").write_bytes(request)
+    load.progress()
+    load.end()
+    load.verify([mounted.disk(i) for i in range(len(SIZES))])
+    mounted.unmount()
+    assert mounted.mount() == ""
+
+
+def test_servers_that_cannot_start_end_with_the_mount(mounted: Mount) -> None:
+    (mounted.state / "init").write_bytes(b"")
+    os.kill(mounted.server(), signal.SIGKILL)
+    wait_for(lambda: keeper_log(mounted).count("starting another in") >= 6, "servers fail")
+    # By now the kernel has forgotten the attributes, and nobody would answer a stat.
+    result = fusedisk("unmount", mounted.mountpoint)
+    assert result.returncode == 1 and "a flush failed" in result.stderr
+    mounted.wait_ended()
+    assert "was not unmounted cleanly" in mounted.mount()
+
+
+def test_upgrade_under_load_fails_no_request(mounted: Mount, load: Load) -> None:
+    seen = {mounted.server()}
+    for _ in range(5):
+        result = fusedisk("upgrade", mounted.mountpoint)
+        assert result.returncode == 0, result.stderr
+        assert mounted.server() not in seen
+        seen.add(mounted.server())
+        load.progress()
+    load.end()
+    load.verify([mounted.disk(i) for i in range(len(SIZES))])
+    status = mounted.status()
+    assert status["server"]["restarts"] == 5
+    # All of them went in order.
+    assert "WARNING" not in keeper_log(mounted)
+    mounted.unmount()
+    assert mounted.mount() == ""
+
+
+def test_upgrade_while_the_gate_is_closed(mounted: Mount) -> None:
+    fd = os.open(mounted.disk(), os.O_RDWR)
+    written: list[int] = []
+    writers = [
+        threading.Thread(target=lambda at=n: written.append(os.pwrite(fd, b"later", at * CHUNK)))
+        for n in range(20)
+    ]
+    lease = take_lease(mounted.state)
+    control = Control(mounted.state / "control", True)
+    try:
+        control.set_gate(True)
+        for writer in writers:
+            writer.start()
+        assert fusedisk("upgrade", mounted.mountpoint).returncode == 0
+        assert os.pread(fd, 5, 8 * MIB) == bytes(5)
+        assert written == []
+    finally:
+        control.set_gate(False)
+        control.close()
+        os.close(lease)
+        for writer in writers:
+            writer.join(20)
+        os.close(fd)
+    assert written == [5] * 20
+
+
+def test_unmount_beside_upgrade(mounted: Mount) -> None:
+    for _ in range(4):
+        command = [sys.executable, "-m", "fusedisk", "upgrade", str(mounted.mountpoint)]
+        upgrade = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            mounted.unmount()
+            _, said = upgrade.communicate(timeout=30)
+        finally:
+            upgrade.kill()
+            upgrade.wait()
+        # It was there before the unmount, came too late, or was interrupted by it.
+        assert upgrade.returncode == 0 or said.count("\n") == 1, said
+        assert mounted.mount() == ""
+
+
+def test_a_failed_flush_leaves_no_clean_mark(
+    tmp_path: Path, fuse: MakeMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of a failed writeback once; a later flush that works proves nothing."""
+    source, library = tmp_path / "fail.c", tmp_path / "fail.so"
+    source.write_text(
+        """#include <errno.h>
+        #include <unistd.h>
+        #include <stdlib.h>
+        #include <sys/syscall.h>
+        int fdatasync(int fd)
+        {
+            if (unlink(getenv("FAIL_ONCE")) == 0) { errno = EIO; return -1; }
+            return syscall(SYS_fdatasync, fd);
+        }"""
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setenv("FAIL_ONCE", str(tmp_path / "once"))
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(MIB))
+    mount = fuse(image)
+    mount.mount()
+    monkeypatch.delenv("LD_PRELOAD")
+    fd = os.open(mount.disk(), os.O_RDWR)
+    try:
+        os.pwrite(fd, b"lost", 0)
+        (tmp_path / "once").touch()
+        with pytest.raises(OSError, match="Input/output"):
+            os.fdatasync(fd)
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+    # Neither this server nor the next one forgets.
+    kill_server(mount)
+    result = fusedisk("unmount", mount.mountpoint)
+    assert result.returncode == 1 and "a flush failed" in result.stderr
+    mount.wait_ended()
+    assert "was not unmounted cleanly" in mount.mount()
