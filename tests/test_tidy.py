@@ -16,6 +16,7 @@ FILES = sorted(p for d in ("fusedisk", "replicator", "tests") for p in (ROOT / d
 LINES_MAX = 450
 LONGER = {
     "replicator/replica.py": "the store's one state machine, with its crash table",
+    "tests/test_crash_survival.py": "one verifying load, whose daemons are killed in every way",
     "tests/test_mount.py": "one table of what a mount does",
     "tests/test_mount_options.py": "one fixture for other users and one for every signal",
 }
