@@ -1,0 +1,228 @@
+"""The data path fed by a test in the kernel's place: nothing that is asked may do harm."""
+
+import errno
+import os
+import random
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+
+from fusedisk.changemap import ChangeMap, Control
+from fusedisk.datapath import DataPath
+from fusedisk.disk import Disk
+
+SIZE = (1 << 20) + 512
+BEYOND = 1 << 20
+CHUNK = 4096
+READ, WRITE, FSYNC, INIT, INTERRUPT, IOCTL, FALLOCATE, LSEEK = 15, 16, 20, 26, 36, 39, 43, 46
+HEADER = struct.Struct("<IIQQIIII")
+REQUESTS = int(os.environ.get("FUSEDISK_REQUESTS", "4000"))
+ODD = (
+    0,
+    1,
+    511,
+    512,
+    4096,
+    SIZE - 1,
+    SIZE,
+    SIZE + 1,
+    1 << 31,
+    1 << 32,
+    1 << 62,
+    1 << 63,
+    (1 << 64) - 1,
+)
+
+
+class Kernel:
+    """The other end of the device: sends requests, and knows the replies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.image = folder / "image"
+        # The file goes on behind the disk, where nothing may ever be written.
+        self.image.write_bytes(bytes(SIZE) + b"\xaa" * BEYOND)
+        self.control = Control.create(folder / "control", 1)
+        self.changes = ChangeMap.create(folder / "map", SIZE, CHUNK)
+        self.file = self.image.open("r+b")
+        self.end, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.device = device
+        self.end.setblocking(False)
+        self.replies: dict[int, tuple[int, bytes]] = {}
+        self.sent = 0
+        self.inits: list[bytes] = []
+        disk = Disk(self.control, self.changes, self.file.fileno())
+        self.path = DataPath(
+            device.fileno(),
+            [disk],
+            writeback=os.eventfd(0),
+            on_init=self.inits.append,
+            check_lease=lambda: None,
+        )
+        # In the place of pyfuse3: reads what is passed on, and never answers.
+        loops = [(self.path.serve, 0), (self.path.serve, 1), (self.path.release_parked, 2)]
+        self.threads = [threading.Thread(target=loop, args=(n,)) for loop, n in loops]
+        self.threads.append(threading.Thread(target=self._discard))
+        for thread in self.threads:
+            thread.start()
+
+    def _discard(self) -> None:
+        while self.path.session.recv(1 << 21):
+            pass
+
+    def send(self, opcode: int, inode: int, body: bytes, length: int | None = None) -> int:
+        """Send a request; its number."""
+        self.sent += 1
+        if length is None:
+            length = HEADER.size + len(body)
+        packet = HEADER.pack(length, opcode, self.sent, inode, 0, 0, 0, 0) + body
+        while True:
+            self.receive()
+            try:
+                self.end.send(packet)
+                return self.sent
+            except BlockingIOError:
+                time.sleep(0.001)
+
+    def receive(self) -> None:
+        while True:
+            try:
+                reply = self.end.recv(1 << 21)
+            except BlockingIOError:
+                return
+            length, error, unique = struct.unpack_from("<IiQ", reply)
+            assert length == len(reply) and -512 < error <= 0
+            assert 1 <= unique <= self.sent and unique not in self.replies
+            assert error == 0 or length == 16
+            self.replies[unique] = error, reply[16:]
+
+    def ask(self, opcode: int, inode: int, body: bytes) -> tuple[int, bytes]:
+        """The error and the payload of the reply."""
+        number = self.send(opcode, inode, body)
+
+        def answered() -> bool:
+            self.receive()
+            return number in self.replies
+
+        wait_for(answered, "the request is answered")
+        return self.replies[number]
+
+    def read(self, offset: int, length: int) -> tuple[int, bytes]:
+        return self.ask(READ, 2, struct.pack("<QQIIQII", 0, offset, length, 0, 0, 0, 0))
+
+    def close(self) -> None:
+        self.control.set_gate(False)
+        while any(t.is_alive() for t in self.threads[:3]):
+            self.path.stop()
+            time.sleep(0.005)
+        self.path.close()
+        self.threads[3].join()
+        self.path.session.close()
+        self.end.close()
+        self.device.close()
+        self.file.close()
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Iterator[Kernel]:
+    # What takes a thread out of its wait for the device; the server has the same handler.
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    made = Kernel(tmp_path)
+    yield made
+    made.close()
+    signal.signal(signal.SIGUSR2, before)
+
+
+def write_request(offset: int, data: bytes, size: int | None = None) -> bytes:
+    length = len(data) if size is None else size
+    return struct.pack("<QQIIQII", 0, offset, length, 0, 0, 0, 0) + data
+
+
+def test_a_request_and_its_answer(kernel: Kernel) -> None:
+    assert kernel.ask(WRITE, 2, write_request(5, b"hello")) == (0, struct.pack("<II", 5, 0))
+    assert kernel.read(4, 7) == (0, b"\0hello\0")
+    assert kernel.read(SIZE - 2, 100) == (0, bytes(2))
+    assert kernel.read(SIZE, 100) == (0, b"")
+    assert kernel.changes.last(0) == 1
+
+
+@pytest.mark.parametrize("inode", [0, 1, 3, 66, 1 << 63, (1 << 64) - 1])
+def test_an_inode_that_is_no_disk(kernel: Kernel, inode: int) -> None:
+    for opcode, body in (
+        (READ, write_request(0, b"", 10)),
+        (WRITE, write_request(0, b"x")),
+        (FSYNC, bytes(16)),
+        (LSEEK, struct.pack("<QQII", 0, 0, 3, 0)),
+        (FALLOCATE, struct.pack("<QQQII", 0, 0, 512, 3, 0)),
+    ):
+        assert kernel.ask(opcode, inode, body)[0] == -errno.EBADF
+
+
+def test_sizes_that_are_not_what_came(kernel: Kernel) -> None:
+    assert kernel.ask(WRITE, 2, write_request(0, b"xyz", 4))[0] == -errno.EINVAL
+    assert kernel.ask(WRITE, 2, write_request(0, b"xyz", 2))[0] == -errno.EINVAL
+    assert kernel.ask(WRITE, 2, write_request(0, b"")[:20])[0] == -errno.EINVAL
+    assert kernel.read(0, (1 << 20) + 1)[0] == -errno.EINVAL
+    assert kernel.read(0, (1 << 32) - 1)[0] == -errno.EINVAL
+    assert kernel.ask(FSYNC, 2, b"")[0] == -errno.EINVAL
+    assert kernel.ask(LSEEK, 2, b"")[0] == -errno.EINVAL
+    assert kernel.ask(FALLOCATE, 2, b"")[0] == -errno.EINVAL
+    assert kernel.image.read_bytes() == bytes(SIZE) + b"\xaa" * BEYOND
+
+
+def test_any_request_is_answered_or_ignored(kernel: Kernel) -> None:
+    chance = random.Random(REQUESTS)
+    natives = (READ, WRITE, FSYNC, LSEEK, FALLOCATE, IOCTL, INTERRUPT)
+    for _ in range(REQUESTS):
+        opcode = chance.choice(natives) if chance.random() < 0.9 else chance.getrandbits(32)
+        number = lambda: chance.choice(ODD) if chance.random() < 0.8 else chance.getrandbits(64)  # noqa: E731
+        small = chance.choice((number() & 0xFFFFFFFF, 3, 0x10, 0x11, 0x8010581E))
+        body = struct.pack("<QQIIQII", number(), number(), small, small, number(), small, small)
+        if opcode == FALLOCATE:
+            mode = chance.choice((0, 1, 3, 8, 16, 17, 32, small))
+            body = struct.pack("<QQQII", 0, number(), number(), mode, 0)
+        elif opcode == WRITE and chance.random() < 0.7:
+            data = chance.randbytes(chance.choice((0, 1, 512, 5000, 60000)))
+            body = write_request(number(), data)
+        if chance.random() < 0.2:
+            body = body[: chance.randrange(len(body) + 1)]
+        length = number() & 0xFFFFFFFF if chance.random() < 0.1 else None
+        inode = 2 if chance.random() < 0.8 else number()
+        if opcode != INIT:
+            kernel.send(opcode, inode, body, length)
+    # A barrier for each of the threads: both still serve.
+    for _ in range(20):
+        assert kernel.read(0, 512)[0] == 0
+    content = kernel.image.read_bytes()
+    assert len(content) == SIZE + BEYOND
+    assert content[SIZE:] == b"\xaa" * BEYOND
+    for chunk in range(0, SIZE, CHUNK):
+        assert not any(content[chunk : min(chunk + CHUNK, SIZE)]) or kernel.changes.last(
+            chunk // CHUNK
+        )
+    assert kernel.control.quiet(1)
+
+
+def test_reads_go_on_behind_very_many_held_writes(kernel: Kernel) -> None:
+    kernel.control.set_gate(True)
+    held = [kernel.send(WRITE, 2, write_request(n % 256 * 4096, b"w" * 4096)) for n in range(1500)]
+    for _ in range(50):
+        assert kernel.read(0, 4096) == (0, bytes(4096))
+    assert not kernel.replies.keys() & set(held)
+    wait_for(lambda: kernel.path.parked_bytes >= 1500 * 4096, "all are parked")
+    kernel.control.set_gate(False)
+
+    def all_answered() -> bool:
+        kernel.receive()
+        return kernel.replies.keys() >= set(held)
+
+    wait_for(all_answered, "the held writes are answered")
+    assert all(kernel.replies[n][0] == 0 for n in held)
+    assert kernel.path.parked_bytes == 0
+    assert kernel.image.read_bytes()[: 1 << 20] == b"w" * (1 << 20)
