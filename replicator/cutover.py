@@ -20,7 +20,13 @@ from fusedisk.fencing import FenceRecord
 from fusedisk.gate import take_lease
 from fusedisk.units import format_size
 from replicator.estimate import Estimate
-from replicator.handover import AskOutcome, NotConverged, OutcomeUnknown, hand_over
+from replicator.handover import (
+    AskOutcome,
+    NotConverged,
+    OutcomeUnknown,
+    hand_over,
+    require_settled,
+)
 from replicator.hooks import run_hook
 from replicator.link import Link
 from replicator.messages import HASH_BLOCK_BYTES
@@ -77,6 +83,7 @@ class Cutover:
         the guest going on at the source; OutcomeUnknown.
         """
         options = self._options
+        await trio.to_thread.run_sync(require_settled, self._source)
         if options.verify == "full":
             self._enter("verifying")
             self.progress = Progress()

@@ -15,14 +15,17 @@ Invariants, each of which the model in tests/cutover_model.py shows to be needed
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import trio
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.fencing import FenceRecord, clear_fence, record_fence
+from fusedisk.fencing import FenceRecord, clear_fence, read_fence, record_fence
+from fusedisk.gate import take_lease
 from replicator.address import Address
 from replicator.link import Link, LinkLost, raise_failed
 from replicator.messages import (
@@ -172,6 +175,40 @@ async def resolve(link: Link, record: FenceRecord, source_id: str) -> str:
                 raise_failed(event)
             if isinstance(event, Bye):
                 raise LinkLost("the receiver is shutting down")
+
+
+def require_settled(source: Source) -> None:
+    """Raises OutcomeUnknown while an earlier cutover is unsettled, FuseDiskError after one."""
+    record = read_fence(Path(disk.path) for disk in source.record.disks)
+    if record is not None and record.state == "fenced":
+        raise FuseDiskError(
+            f"{record.replica} at {record.address} is the disk already; cut over from there"
+        )
+    if record is not None or source.control.fenced:
+        raise OutcomeUnknown("an earlier cutover is not settled; run 'replicator resolve' first")
+
+
+@contextmanager
+def settling(source: Source) -> Iterator[FenceRecord | None]:
+    """The record of the cutover to settle, while no cutover can begin or go on.
+
+    Invariant: whoever removes a record holds the lease on the gate. Without it the answer about an
+    old cutover could remove the record of a new one. Raises OutcomeUnknown where one is under way.
+    """
+    try:
+        lease = take_lease(source.state)
+    except BlockingIOError:
+        raise OutcomeUnknown(
+            "a cutover of this mount is under way; wait until it has ended, then try again"
+        ) from None
+    try:
+        record = read_fence(Path(disk.path) for disk in source.record.disks)
+        if record is None and source.control.fenced:
+            # Whoever removed the record for good was killed before lowering the fence.
+            source.control.set_fence(False)
+        yield record
+    finally:
+        os.close(lease)
 
 
 def settle(source: Source, images: list[Path], record: FenceRecord, outcome: str) -> None:

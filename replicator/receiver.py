@@ -347,8 +347,9 @@ def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:
         manifest = replica.manifest
         if manifest.source_id != asked.source_id:
             raise FuseDiskError(f"replica {asked.name} is of another source")
-        if manifest.state == "promoted" and manifest.token == asked.token:
-            return m.Promoted(asked.token, manifest.epoch or 0)
+        if manifest.state == "promoted":
+            # Also by another decision than the one asked about: the source must not write again.
+            return m.Promoted(manifest.token or asked.token, manifest.epoch or 0)
         # Invariant: the token is void durably before the source may write again.
         replica.abort(asked.token)
         return m.Aborted(asked.token)

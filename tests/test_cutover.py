@@ -28,7 +28,8 @@ def run(*words: str | Path, check: bool = True) -> subprocess.CompletedProcess[s
 class Pair:
     """A mounted disk, a receiver and a sender; ended in any case by `close`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, through: Callable[[str], str] = str) -> None:
+        """The sender connects to what ``through`` makes of the receiver's address."""
         self.image, self.mountpoint = folder / "disk.img", folder / "mnt"
         self.replica = folder / "store" / "r" / "disk.img"
         self.address = f"unix://{folder / 's'}"
@@ -41,7 +42,7 @@ class Pair:
         self.sender = subprocess.Popen(
             [
                 *(BIN / "replicator", "start", "--name", "r", "--rpo", "0.2"),
-                *(self.mountpoint, self.address),
+                *(self.mountpoint, through(self.address)),
             ],
             stderr=subprocess.DEVNULL,
         )

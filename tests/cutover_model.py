@@ -1,0 +1,360 @@
+"""A model of the cutover's switch, explored exhaustively: every order of steps, losses and crashes.
+
+Who takes part, each step of each being one transition:
+
+sender     closes the gate, records *committing* beside two images one after the other, sends
+           PROMOTE, waits; asks again over a new connection; fences or rolls back, image by image;
+           gives up
+resolver   ``replicator resolve``: takes the lease, asks, settles image by image
+server     opens or fences a gate whose holder died
+target     promotes, or voids a token; each is durable before it is answered
+network    any message may be lost, or delivered at any later moment, in any order
+crashes    of sender, resolver, target and the source's host, between any two steps; remounts
+operator   ``promote --force`` at the target, while the source is down with an unknown outcome
+
+There are two attempts, each with a token of its own. What is durable is so at once: that the files
+are synced before the step counts as done is for fusedisk.state and tests/store_simulation.py. A
+server that dies changes nothing here: gate and fence are in memory that outlives it.
+
+A PROMOTE counts only in the session that it was sent in, which a newer session, a question about
+the outcome, or the target's death ends. Nothing else is assumed of the network.
+
+Checked in every reachable state:
+
+- never both: the source does not take writes while the replica is promoted
+- never neither: a mount that refuses writes has its target promoted, or a record that says
+  *unknown*, or a fence that the next `resolve` lowers
+- no void token is ever the one that the replica is promoted with
+- resolve settles: where nothing holds the lease, running it to its end, undisturbed, leaves exactly
+  one side writable
+
+With no mutation all hold in all of the 4756 states. Each of `MUTATIONS` leaves out one thing that
+the code does, and breaks one of them, which shows that the model can tell.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ATTEMPTS = 2
+IMAGES = 2
+FORCED = -1
+
+MUTATIONS = (
+    "committing is not synced",
+    "promote is sent before committing",
+    "a void token is promoted",
+    "aborted is answered before it is durable",
+    "a lost answer opens the gate",
+    "an abandoned gate opens in any case",
+    "the gate opens before the fence is up",
+    "a mount ignores the record",
+    "resolve without the lease",
+    "another promotion is answered with aborted",
+    "resolve leaves a fence without a record",
+)
+
+
+class Violation(Exception):
+    """An invariant does not hold; the text says which, and the steps that led there."""
+
+
+class Process(NamedTuple):
+    """A sender or resolver: what it does next, about which token; how many images are done."""
+
+    at: str = "off"
+    token: int = 0
+    done: int = 0
+
+
+class State(NamedTuple):
+    """Everything, in memory and on disk."""
+
+    mounted: bool = True
+    gate: bool = False
+    fence: bool = False
+    records: tuple[tuple[str, int], ...] = (("none", 0),) * IMAGES
+    lease: str = ""
+    attempts: int = 0
+    sender: Process = Process()
+    resolver: Process = Process()
+    network: frozenset[tuple[str, int]] = frozenset()
+    session: int | None = None
+    promoted: int | None = None
+    void: frozenset[int] = frozenset()
+
+
+Step = tuple[str, State]
+
+
+def record_of(state: State) -> tuple[str, int]:
+    """What `fusedisk.fencing.read_fence` finds: the gravest record."""
+    for kind in ("fenced", "committing"):
+        for record in state.records:
+            if record[0] == kind:
+                return record
+    return "none", 0
+
+
+def with_record(state: State, image: int, kind: str, token: int) -> State:
+    records = list(state.records)
+    records[image] = kind, token
+    return state._replace(records=tuple(records))
+
+
+def say(state: State, kind: str, token: int) -> State:
+    return state._replace(network=state.network | {(kind, token)})
+
+
+class Model:
+    """The transitions, with one mutation or none."""
+
+    def __init__(self, mutation: str = "") -> None:
+        assert mutation in ("", *MUTATIONS)
+        self._mutation = mutation
+
+    def steps(self, state: State) -> Iterator[Step]:
+        yield from self._sender(state)
+        yield from self._resolver(state)
+        yield from self._server(state)
+        yield from self._target(state)
+        yield from self._faults(state)
+
+    def _is(self, mutation: str) -> bool:
+        return self._mutation == mutation
+
+    # --- the source ----------------------------------------------------------------------------
+
+    def _sender(self, s: State) -> Iterator[Step]:
+        if not s.mounted:
+            return
+        p = s.sender
+        match p.at:
+            case "off":
+                if (
+                    s.attempts < ATTEMPTS
+                    and not s.lease
+                    and not s.gate
+                    # A promoted replica refuses the last pass.
+                    and s.promoted is None
+                    and record_of(s)[0] == "none"
+                    and not s.fence
+                ):
+                    begun = s._replace(gate=True, lease="sender", session=s.attempts)
+                    begun = begun._replace(
+                        attempts=s.attempts + 1, sender=Process("recording", s.attempts)
+                    )
+                    yield "the sender closes the gate", begun
+            case "recording":
+                if self._is("promote is sent before committing"):
+                    yield "the sender sends PROMOTE early", say(s, "promote", p.token)
+                yield from self._per_image(s, "sender", "committing", "recorded")
+            case "recorded":
+                yield "the bound is exceeded", self._at(s, "sender", "taking back")
+                sent = say(self._at(s, "sender", "waiting"), "promote", p.token)
+                yield "the sender sends PROMOTE", sent
+            case "waiting":
+                after = "clearing" if self._is("a lost answer opens the gate") else "asking"
+                yield "the answer is lost", self._at(s, "sender", after)
+                yield from self._answers(s, "sender")
+            case "taking back":
+                yield from self._per_image(s, "sender", "none", "done")
+            case "asking":
+                yield "the sender asks", say(s, "resolve", p.token)
+                gone = s._replace(fence=True)
+                yield "the sender gives up", self._open_gate(gone)
+                yield from self._answers(s, "sender")
+            case _:
+                yield from self._settling(s, "sender")
+
+    def _resolver(self, s: State) -> Iterator[Step]:
+        if not s.mounted:
+            return
+        if s.resolver.at == "off":
+            if s.lease and not self._is("resolve without the lease"):
+                return
+            kind, token = record_of(s)
+            lease = s.lease or "resolver"
+            if kind == "committing":
+                begun = s._replace(lease=lease, resolver=Process("asking", token))
+                yield "resolve begins", begun
+            elif (
+                kind == "none"
+                and s.fence
+                and not self._is("resolve leaves a fence without a record")
+            ):
+                yield "resolve lowers a fence left over", s._replace(fence=False)
+        elif s.resolver.at == "asking":
+            yield "resolve asks", say(s, "resolve", s.resolver.token)
+            yield from self._answers(s, "resolver")
+        else:
+            yield from self._settling(s, "resolver")
+
+    def _answers(self, s: State, who: str) -> Iterator[Step]:
+        token = self._process(s, who).token
+        for kind, after in (("promoted", "fencing"), ("aborted", "clearing")):
+            if (kind, token) in s.network:
+                heard = s._replace(network=s.network - {(kind, token)})
+                yield f"the {who} hears {kind}", self._at(heard, who, after)
+
+    def _settling(self, s: State, who: str) -> Iterator[Step]:
+        match self._process(s, who).at:
+            case "fencing":
+                if self._is("the gate opens before the fence is up") and who == "sender" and s.gate:
+                    yield "the gate opens early", s._replace(gate=False)
+                    return
+                yield (
+                    f"the {who} raises the fence",
+                    self._at(s._replace(fence=True), who, "recording fenced"),
+                )
+            case "recording fenced":
+                yield from self._per_image(s, who, "fenced", "done")
+            case "clearing":
+                yield from self._per_image(s, who, "none", "lowering")
+            case "lowering":
+                yield f"the {who} lowers the fence", self._at(s._replace(fence=False), who, "done")
+            case "done":
+                if who == "sender":
+                    yield "the sender opens the gate", self._open_gate(s)
+                else:
+                    yield "resolve ends", self._end(s, who)
+
+    def _per_image(self, s: State, who: str, kind: str, after: str) -> Iterator[Step]:
+        p = self._process(s, who)
+        done = with_record(s, p.done, kind, p.token)
+        done = done._replace(**{who: p._replace(done=p.done + 1)})
+        if p.done + 1 == IMAGES:
+            done = self._at(done, who, after)
+        yield f"the {who} records {kind} beside image {p.done}", done
+
+    def _server(self, s: State) -> Iterator[Step]:
+        if s.mounted and s.gate and not s.lease:
+            begun = record_of(s)[0] != "none"
+            fence = s.fence or (begun and not self._is("an abandoned gate opens in any case"))
+            yield "the server opens an abandoned gate", s._replace(gate=False, fence=fence)
+
+    @staticmethod
+    def _process(s: State, who: str) -> Process:
+        return s.sender if who == "sender" else s.resolver
+
+    def _at(self, s: State, who: str, at: str) -> State:
+        return s._replace(**{who: Process(at, self._process(s, who).token)})
+
+    def _end(self, s: State, who: str) -> State:
+        lease = "" if s.lease == who else s.lease
+        return s._replace(**{who: Process()}, lease=lease)
+
+    def _open_gate(self, s: State) -> State:
+        return self._end(s._replace(gate=False), "sender")
+
+    # --- the target, and what goes wrong -------------------------------------------------------
+
+    def _target(self, s: State) -> Iterator[Step]:
+        for message in s.network:
+            kind, token = message
+            heard = s._replace(network=s.network - {message})
+            if kind == "promote" and s.session == token:
+                if s.promoted is None and (
+                    token not in s.void or self._is("a void token is promoted")
+                ):
+                    done = heard._replace(promoted=token)
+                    yield "the target promotes", say(done, "promoted", token)
+            elif kind == "resolve":
+                yield "the target is asked", self._asked(heard, token)
+        gone = not s.mounted and not s.network
+        if gone and s.promoted is None and record_of(s)[0] == "committing":
+            yield "the operator promotes by force", s._replace(promoted=FORCED, session=None)
+
+    def _asked(self, s: State, token: int) -> State:
+        # Whoever asks takes the place of an older session.
+        ended = s if self._is("a void token is promoted") else s._replace(session=None)
+        other = self._is("another promotion is answered with aborted") and s.promoted != token
+        if s.promoted is not None and not other:
+            return say(ended, "promoted", token)
+        if not self._is("aborted is answered before it is durable"):
+            ended = ended._replace(void=s.void | {token})
+        else:
+            # The session is back as well: the target was started anew.
+            ended = ended._replace(session=s.session)
+        return say(ended, "aborted", token)
+
+    def _faults(self, s: State) -> Iterator[Step]:
+        for message in s.network:
+            yield f"{message} is lost", s._replace(network=s.network - {message})
+        if s.sender.at != "off":
+            yield "the sender is killed", self._end(s, "sender")
+        if s.resolver.at != "off":
+            yield "resolve is killed", self._end(s, "resolver")
+        if s.session is not None:
+            yield "the target is killed", s._replace(session=None)
+        if s.mounted:
+            lost = s._replace(mounted=False, gate=False, fence=False, lease="")
+            lost = lost._replace(sender=Process(), resolver=Process())
+            if self._is("committing is not synced"):
+                kept = tuple(("none", 0) if r[0] == "committing" else r for r in s.records)
+                lost = lost._replace(records=kept)
+            yield "the source's host dies", lost
+        else:
+            fence = record_of(s)[0] != "none" and not self._is("a mount ignores the record")
+            yield "it is mounted again", s._replace(mounted=True, fence=fence)
+
+    # --- invariants ----------------------------------------------------------------------------
+
+    def check(self, s: State) -> str | None:
+        """What does not hold in this state; None where all does."""
+        writable = s.mounted and not s.gate and not s.fence
+        if writable and s.promoted is not None:
+            return "both sides are writable"
+        if s.promoted in s.void:
+            return "a void token promoted the replica"
+        if s.mounted and not s.gate and s.fence and s.promoted is None:
+            kind, _ = record_of(s)
+            if kind == "fenced":
+                return "the source is fenced, and nobody is the disk"
+        if s.mounted and not s.lease and not self._resolve_settles(s):
+            return "resolve does not settle it"
+        return None
+
+    def _resolve_settles(self, s: State) -> bool:
+        """Server and resolver run to their end, nothing is lost; exactly one side is writable."""
+        s = s._replace(network=frozenset())
+        for _ in range(30):
+            step = next(self._server(s), None) or self._next_settling(s)
+            if step is None:
+                break
+            s = step[1]
+        writable = s.mounted and not s.gate and not s.fence
+        return writable != (s.promoted is not None)
+
+    def _next_settling(self, s: State) -> Step | None:
+        asks = [step for step in self._target(s) if step[0] == "the target is asked"]
+        if asks:
+            return asks[0]
+        found = list(self._resolver(s))
+        # Asking comes first; an answer that is there is heard before asking again.
+        return found[-1] if found else None
+
+
+def explore(mutation: str = "") -> int:
+    """Visit every reachable state; their number. Raises Violation with the shortest way there."""
+    model, start = Model(mutation), State()
+    came: dict[State, tuple[State, str] | None] = {start: None}
+    queue = deque([start])
+    while queue:
+        state = queue.popleft()
+        broken = model.check(state)
+        if broken is not None:
+            raise Violation(f"{broken}: " + "; ".join(_way(came, state)))
+        for name, following in model.steps(state):
+            if following not in came:
+                came[following] = state, name
+                queue.append(following)
+    return len(came)
+
+
+def _way(came: dict[State, tuple[State, str] | None], state: State) -> list[str]:
+    names: list[str] = []
+    while (step := came[state]) is not None:
+        state, name = step
+        names.append(name)
+    return names[::-1]
