@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from common import GIB, scratch_parser, table
-from fio import fio, ratio, served, settle
+from fio import fio, ratio, read_through, served, settle
 from systems import SYSTEMS
 
 # Name, fio's pattern, block size, depth.
@@ -59,6 +59,8 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for load in loads:
                 for name in names:
+                    # Again, since other work on the machine may have taken the cache away.
+                    read_through(disks[name].path)
                     speed = measure(disks[name].path, size, how, load, arguments.seconds)
                     seen.setdefault((load[0], name), []).append(speed)
                     print(f"{name}: {load[0]}: {speed:,.0f}", file=sys.stderr)
