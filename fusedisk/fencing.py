@@ -17,17 +17,23 @@ from typing import Literal
 import msgspec
 
 from fusedisk.errors import FuseDiskError
+from fusedisk.image import stamp
 from fusedisk.state import sync_directory, write_durably
 
 
 class FenceRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """One cutover: its token, how far it came, and where to ask how it ended."""
+    """One cutover: its token, how far it came, and where to ask how it ended.
+
+    ``stamp``: what the image was when *committing* was recorded, which is exactly the state that
+    was promoted; None after a promotion that the source had no part in.
+    """
 
     token: str
     state: Literal["committing", "fenced"]
     replica: str
     address: str
     epoch: int
+    stamp: dict[str, str | int] | None = None
 
 
 # What the kernel knows a device by that outlives a reboot, below its directory in /sys.
@@ -63,29 +69,56 @@ def fence_path(image: Path) -> Path:
 
 
 def record_fence(images: Iterable[Path], record: FenceRecord) -> None:
-    """Make the record durable beside every image. Raises OSError."""
+    """Make the record durable beside every image, each with its stamp. Raises OSError."""
     for image in images:
         path = fence_path(image)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, msgspec.json.encode(record))
+        known = msgspec.structs.replace(record, stamp=_stamp_to_record(image, record))
+        write_durably(path, msgspec.json.encode(known))
 
 
-def read_fence(images: Iterable[Path]) -> FenceRecord | None:
-    """The gravest record beside the images. Raises FuseDiskError for a damaged one."""
-    found: FenceRecord | None = None
+def _stamp_to_record(image: Path, record: FenceRecord) -> dict[str, str | int] | None:
+    if record.state == "committing":
+        # The gate is closed and all is flushed: this is what is about to be promoted.
+        try:
+            fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            # The fence matters more; without a stamp a way home compares everything.
+            return None
+        try:
+            return stamp(fd)
+        finally:
+            os.close(fd)
+    try:
+        before = msgspec.json.decode(fence_path(image).read_bytes(), type=FenceRecord)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    # Another token is a promotion at the target alone: it need not hold what is here.
+    return before.stamp if before.token == record.token else None
+
+
+def read_fences(images: Iterable[Path]) -> list[FenceRecord | None]:
+    """The record beside each image. Raises FuseDiskError for a damaged one."""
+    found: list[FenceRecord | None] = []
     for image in images:
         path = fence_path(image)
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=FenceRecord)
+            found.append(msgspec.json.decode(path.read_bytes(), type=FenceRecord))
         except FileNotFoundError:
-            continue
+            found.append(None)
         except (OSError, msgspec.MsgspecError) as error:
             raise FuseDiskError(
                 f"{path} is damaged ({error}); find out which side is the disk before removing it"
             ) from None
-        if found is None or record.state == "fenced":
-            found = record
     return found
+
+
+def read_fence(images: Iterable[Path]) -> FenceRecord | None:
+    """The gravest record beside the images. Raises FuseDiskError for a damaged one."""
+    records = [record for record in read_fences(images) if record is not None]
+    fenced = [record for record in records if record.state == "fenced"]
+    found = fenced or records
+    return found[-1] if found else None
 
 
 def clear_fence(images: Iterable[Path]) -> None:

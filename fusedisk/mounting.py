@@ -18,6 +18,7 @@ from fusedisk.fencing import read_fence
 from fusedisk.image import Image, create_image, open_image
 from fusedisk.keeper import survives_crashes
 from fusedisk.keeper import unmount as fusermount
+from fusedisk.lineage import read_base
 from fusedisk.signals import StopSignals
 from fusedisk.state import default_state_dir, lock_state, locked, prepare
 
@@ -116,6 +117,7 @@ def mount(
             opened.append(open_image(path, read_only=options.read_only))
         state = (options.state_dir or default_state_dir(images[0])).absolute()
         _check_path("state directory", state)
+        base = read_base(opened, read_only=options.read_only)
         lock = lock_state(state)
         distrust = prepare(
             state,
@@ -123,6 +125,7 @@ def mount(
             opened,
             options.chunk_size,
             read_only=options.read_only,
+            base=base,
         )
         if read_fence(image.path for image in opened) is not None:
             control = Control(state / "control", True)

@@ -35,13 +35,17 @@ class Disk(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class MountRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """Contents of mount.json."""
+    """Contents of mount.json.
+
+    ``base``: the promotion that this generation began from, with the disks as they were then.
+    """
 
     source_id: str
     generation: str
     mountpoint: str
     read_only: bool
     disks: list[Disk]
+    base: str | None = None
 
 
 class CleanMark(msgspec.Struct, forbid_unknown_fields=True):
@@ -124,29 +128,38 @@ def read_mount_record(directory: Path) -> MountRecord:
 
 
 def prepare(
-    directory: Path, mountpoint: Path, images: Sequence[Image], chunk_size: int, *, read_only: bool
+    directory: Path,
+    mountpoint: Path,
+    images: Sequence[Image],
+    chunk_size: int,
+    *,
+    read_only: bool,
+    base: str | None = None,
 ) -> str | None:
     """Decide whether the maps are trusted and leave the directory ready for the server.
 
-    Returns why the maps were not trusted, or None where they were or this is the first mount. The
-    caller holds the lock. Afterwards no clean mark exists, durably.
+    ``base`` is the promotion that the images are the unchanged disks of: a generation that is not
+    of it ends there. Returns why the maps were not trusted, or None where they were or this is the
+    first mount. The caller holds the lock. Afterwards no clean mark exists, durably.
     """
     disks = [Disk(i.name, str(i.path), i.size, chunk_size) for i in images]
     first = not (directory / "mount.json").exists() and not any(directory.glob("*.map"))
     old, mark, reason = _judge(directory, disks, images)
+    anew = reason is not None or (base is not None and old is not None and old.base != base)
     # A sender may have closed epochs after the clean mark was taken: the counter goes beyond both.
     epoch = max(mark.epoch if mark else 0, _epoch_seen(directory)) + 1
     record = MountRecord(
         old.source_id if old else _source_id(images),
-        old.generation if old and reason is None else str(uuid.uuid4()),
+        old.generation if old and not anew else str(uuid.uuid4()),
         str(mountpoint),
         read_only,
         disks,
+        base if anew or old is None else old.base,
     )
     # Invariant: the clean mark is durably gone before the first write.
     (directory / "clean.json").unlink(missing_ok=True)
     sync_directory(directory)
-    if reason is not None:
+    if anew:
         for leftover in directory.glob("*.map"):
             leftover.unlink()
         for index, disk in enumerate(disks):
@@ -156,7 +169,8 @@ def prepare(
     (directory / "control").unlink(missing_ok=True)
     Control.create(directory / "control", epoch).close()
     write_durably(directory / "mount.json", msgspec.json.encode(record))
-    return None if first else reason
+    # A map that begins anew with a promotion says all that changed since: nothing is lost.
+    return None if first or base is not None else reason
 
 
 def _judge(

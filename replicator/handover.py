@@ -161,16 +161,25 @@ async def resolve(link: Link, record: FenceRecord, source_id: str) -> str:
     A target that had not promoted has by its answer refused ever to do so under this token.
     Raises LinkLost, Refused or RemoteProtocolError; then the outcome is as unknown as before.
     """
+    outcome, _ = await resolve_with_token(link, record, source_id)
+    return outcome
+
+
+async def resolve_with_token(link: Link, record: FenceRecord, source_id: str) -> tuple[str, str]:
+    """As `resolve`, with the token of the promotion, which may have been another than ours.
+
+    Without a token on record it is asked whether there was a promotion at all.
+    """
     with trio.fail_after(_ANSWER_SECONDS_MAX):
         await link.send(Hello([1], "resolve", 0))
         await link.expect(Welcome)
-        await link.send(Resolve(record.replica, source_id, record.token))
+        await link.send(Resolve(record.replica, source_id, record.token or None))
         while True:
             event = await link.receive()
             if isinstance(event, Promoted):
-                return "promoted"
+                return "promoted", event.token
             if isinstance(event, Aborted):
-                return "rolled-back"
+                return "rolled-back", record.token
             if isinstance(event, Failed):
                 raise_failed(event)
             if isinstance(event, Bye):

@@ -8,6 +8,7 @@ Which combinations there are:
 state       epoch  journal  applying   the images are
 filling     None   -        no         as created or adopted
 filling     None   -        yes        on the way to the first point, or a mixture after damage
+promoted    None   -        no         their guest's, who was given no whole point, by force
 following   E      -        no         the state of the disks at E
 following   E      yes      yes        on the way from E to the journal's point; the journal decides
 promoted    E      -        no         their guest's, who began with the state at E
@@ -79,6 +80,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     one; once there has been a point, that is the one of `journal`, which is committed. `points` are
     oldest first. The last is the state of the images, except while applying: then the images'
     own point is left out if it is not to be kept.
+
+    `promoted_at` is the wall clock of the promotion, and `stamps` what each image was then
+    (fusedisk.image.stamp): a mount of it finds out by them whether it is the promoted state.
     """
 
     version: int
@@ -94,6 +98,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: Text | None
     aborted_tokens: Annotated[list[Text], msgspec.Meta(max_length=MAX_ABORTED_TOKENS)]
     disks: Annotated[list[ReplicaDisk], msgspec.Meta(min_length=1)]
+    promoted_at: float | None = None
+    stamps: list[dict[str, str | int]] = []
 
     @property
     def committed(self) -> tuple[str | None, int | None]:
@@ -173,7 +179,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 def _contradiction(manifest: Manifest) -> str | None:
     if (manifest.generation is None) != (manifest.epoch is None):
         return "generation and epoch must be there together"
-    if (manifest.state == "filling") != (manifest.epoch is None):
+    if manifest.state != "promoted" and (manifest.state == "filling") != (manifest.epoch is None):
         return f"state {manifest.state} with epoch {manifest.epoch}"
     if (manifest.state == "promoted") != (manifest.token is not None):
         return "a token belongs to a promoted replica, and only to one"

@@ -208,17 +208,20 @@ class Abort(Message, frozen=True):
 
 
 class Aborted(Message, frozen=True):
-    """The token is void for good."""
+    """The token is void for good; without one, the replica is not promoted."""
 
-    token: Ident
+    token: Ident | None
 
 
 class Resolve(Message, frozen=True):
-    """Ask how a promotion ended whose answer was lost."""
+    """Ask how a promotion ended whose answer was lost; without a token, whether there was one.
+
+    The token of the answer is that of the promotion, which may be another: `replicator promote`.
+    """
 
     name: Name
     source_id: Ident
-    token: Ident
+    token: Ident | None
 
 
 class Ping(Message, frozen=True):

@@ -208,6 +208,12 @@ class PointView:
                 parts.append(read_exactly(place.fd, end - start, place.at))
         return b"".join(parts)
 
+    def overwritten(self, disk: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield (start, end, is data) of what was overwritten since the point, in order."""
+        for start, end, place in self._overlays[disk].pieces(0, self.disks[disk].size):
+            if place is not None:
+                yield start, end, place.fd >= 0
+
     def data(self, disk: int) -> Iterator[tuple[int, int]]:
         """Yield (start, end) of what may be data, in order; the rest is zeros. Raises OSError."""
         for start, end, place in self._overlays[disk].pieces(0, self.disks[disk].size):

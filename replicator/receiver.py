@@ -130,7 +130,13 @@ class Receiver:
             active.ended.set()
 
     async def _resolve(self, link: Link, asked: m.Resolve) -> None:
-        """Say how a cutover ended; where it had not happened, it now never will."""
+        """Say how a cutover ended; where it had not happened, it now never will.
+
+        Without a token it only says whether there was a promotion, and disturbs nobody.
+        """
+        if asked.token is None:
+            await link.send(await trio.to_thread.run_sync(_promotion, self._store, asked))
+            return
         active = await self._claim(link, asked)
         try:
             answer, _ = await self._taking_turns(asked, _settle, self._store, asked)
@@ -179,7 +185,7 @@ class Receiver:
             queue, events = trio.open_memory_channel[m.Event](_QUEUED_EVENTS_MAX)
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._give_way, opening, turn)
+                    nursery.start_soon(self._give_way, opening, turn, active)
                     nursery.start_soon(_read, link, queue, active.pong)
                     await _work(link, replica, events, hello.seed, nursery)
                     nursery.cancel_scope.cancel()
@@ -217,12 +223,18 @@ class Receiver:
                 asked = True
             await trio.sleep(_TURN_POLL_SECONDS / 2)
 
-    async def _give_way(self, opening: m.Open, turn: Turn | None) -> None:
+    async def _give_way(self, opening: m.Open, turn: Turn | None, active: _Active) -> None:
         while True:
             await trio.sleep(_TURN_POLL_SECONDS)
             last = await trio.to_thread.run_sync(read_turn, self._store.path, opening.name)
-            if last is not None and last != turn and last.source_id == opening.source_id:
+            if last is None or last == turn or last.source_id != opening.source_id:
+                continue
+            if last.by == "session":
                 raise LinkLost("a newer session of the same source took over")
+            if last.by == "force" or not await active.alive():
+                raise LinkLost("the replica is being promoted")
+            # A sender that answers is a source that is not gone: it keeps the replica.
+            turn = last
 
 
 def _require_source(store: Store, opening: m.Open | m.Resolve) -> None:
@@ -342,7 +354,20 @@ def _open(store: Store, hello: m.Hello, opening: m.Open) -> Replica:
     return Replica.open(store, opening.name, opening.source_id, disks)
 
 
+def _promotion(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:
+    """Whether a replica of the source is promoted. Raises FuseDiskError where there is none."""
+    manifest = read_manifest(store.replica_path(asked.name))
+    if manifest is None:
+        raise FuseDiskError(f"there is no replica {asked.name} in the store")
+    if manifest.source_id != asked.source_id:
+        raise FuseDiskError(f"replica {asked.name} is of another source")
+    if manifest.state == "promoted":
+        return m.Promoted(manifest.token or "", manifest.epoch or 0)
+    return m.Aborted(None)
+
+
 def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:
+    assert asked.token is not None
     with Replica.load(store, asked.name) as replica:
         manifest = replica.manifest
         if manifest.source_id != asked.source_id:

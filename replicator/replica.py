@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from fusedisk.errors import FuseDiskError
+from fusedisk.image import stamp
+from replicator.adoption import is_unclaimed
 from replicator.images import HashSegment, create_replica, hash_segments, open_images
 from replicator.journal import SLOTS, JournalDamaged, JournalHeader, JournalWriter, remove_journals
 from replicator.manifest import (
@@ -39,6 +41,7 @@ from replicator.manifest import (
     write_manifest,
 )
 from replicator.points import before_commit, remove_unlisted, report_lost, thin_one
+from replicator.promotion import clear_image_fences, promoted_text, rollback_journal
 from replicator.recovery import (
     applied,
     apply_journal,
@@ -65,14 +68,11 @@ def _compare_with_manifest(
     name: str, manifest: Manifest, source_id: str, disks: Sequence[ReplicaDisk]
 ) -> None:
     """Refuse a source that this replica is not a copy of."""
-    if manifest.source_id != source_id:
+    if manifest.state == "promoted":
+        raise FuseDiskError(promoted_text(name, manifest, ours=manifest.source_id == source_id))
+    if manifest.source_id != source_id and not is_unclaimed(manifest):
         raise FuseDiskError(
             f"replica {name!r} belongs to source {manifest.source_id!r}, not to {source_id!r}; "
-            "replicate under another name"
-        )
-    if manifest.state == "promoted":
-        raise FuseDiskError(
-            f"replica {name!r} is promoted, its images are no longer a copy; "
             "replicate under another name"
         )
     have = {disk.name: disk.size for disk in manifest.disks}
@@ -177,9 +177,12 @@ class Replica:
                         manifest = fresh
                     manifest = recover(files, directory, manifest, fds)
                     keep = store.keep or manifest.keep
-                    if (manifest.disks, manifest.keep) != (ordered, keep):
-                        manifest = msgspec.structs.replace(manifest, disks=ordered, keep=keep)
-                        write_manifest(files, directory, manifest)
+                    claimed = msgspec.structs.replace(
+                        manifest, source_id=source_id, disks=ordered, keep=keep
+                    )
+                    if claimed != manifest:
+                        write_manifest(files, directory, claimed)
+                        manifest = claimed
                 numbers = [ordered.index(disk) for disk in disks]
                 return cls(store, directory, manifest, fds, status, numbers)
             except BaseException:
@@ -444,9 +447,73 @@ class Replica:
                 raise FuseDiskError(f"{what}: its first fill is not complete; let it finish")
             if self._receiving is not None:
                 raise FuseDiskError(f"{what}: a pass is half received; replicate until it commits")
-            # Promoted implies applied and synced: nothing of ours flushes these images afterwards.
-            self._sync_images()
-            self._record(msgspec.structs.replace(manifest, state="promoted", token=token))
+            self._promote(token)
+
+    def take_over(self, token: str, *, force: bool) -> None:
+        """Make the replica the disk without its source; durable on return.
+
+        Repeating it changes nothing. Raises FuseDiskError if there is no whole point, unless
+        `force` is given, or on an I/O error.
+        """
+        check_text("token", token)
+        with self._at_rest(), self._excluding():
+            manifest = self._manifest
+            if manifest.state == "promoted":
+                return
+            if manifest.state == "filling" and not force:
+                raise FuseDiskError(
+                    f"replica {self.name!r} has no whole point: its images are no state that the "
+                    "disks ever had; --force takes them as they are, check them before use"
+                )
+            self._drop_pass()
+            self._promote(token)
+
+    def roll_back(self, point_id: int) -> None:
+        """Bring the images back to a recovery point, by a journal made of the undo records.
+
+        So a crash leaves the one or the other point, and the images are as if the pass to the
+        point were the last one received. Raises FuseDiskError if the point is not there, or there
+        is no room; then nothing has changed.
+        """
+        with self._at_rest():
+            with self._excluding():
+                self._require_not_promoted()
+                self._drop_pass()
+                manifest = self._manifest
+            with clear_errors(f"cannot roll replica {self.name!r} back"):
+                ref = rollback_journal(
+                    self._files, self._directory, manifest, self._fds, point_id, time.time()
+                )
+            if ref is None:
+                return
+            with self._excluding():
+                # Invariant: as in `commit`, this record alone makes the journal count.
+                self._record(msgspec.structs.replace(manifest, applying=True, journal=ref))
+            self._apply(self._manifest)
+
+    def _promote(self, token: str) -> None:
+        """Record the promotion; the replica is at rest and nobody shares it."""
+        # Promoted implies applied and synced: nothing of ours flushes these images afterwards.
+        self._sync_images()
+        try:
+            stamps = [stamp(fd) for fd in self._fds]
+            # Invariant: an adopted image loses its fence only while the manifest still refuses
+            # mounts, and before it allows them.
+            clear_image_fences(self._files, self._directory, self._manifest)
+        except OSError as error:
+            raise FuseDiskError(
+                f"cannot promote replica {self.name!r}: {error.strerror}; it is a replica still"
+            ) from error
+        self._record(
+            msgspec.structs.replace(
+                self._manifest,
+                state="promoted",
+                token=token,
+                applying=False,
+                promoted_at=time.time(),
+                stamps=stamps,
+            )
+        )
 
     def abort(self, token: str) -> None:
         """Record durably that the cutover `token` never promotes this replica.

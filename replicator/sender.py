@@ -11,6 +11,7 @@ from fusedisk.errors import FuseDiskError
 from fusedisk.extents import allocated_bytes, data_extents
 from fusedisk.replicas import Sent
 from replicator import messages as m
+from replicator.lineage import holds_base
 from replicator.link import Link, say_last
 from replicator.progress import Progress
 from replicator.rates import Rates
@@ -87,6 +88,10 @@ class Session:
                     "directory put back? Remove the replica, or the state directory"
                 )
             self.committed = opened.epoch
+        elif await holds_base(self, self._source, opened):
+            self.on_phase("comparing")
+            self.committed = opened.epoch
+            await self.next_pass()
         else:
             self.cause = (
                 "the source began a new generation"

@@ -11,6 +11,7 @@ Who may write into the store may take the replica's turn; the file only has to n
 import os
 import secrets
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -18,10 +19,15 @@ _BYTES_MAX = 1024
 
 
 class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Who asked last for a replica. The nonce tells two requests of one source apart."""
+    """Who asked last for a replica. The nonce tells two requests of one source apart.
+
+    By "session" it goes to another session of the source, by "promotion" to who makes it the disk:
+    then it is given only if the sender does not answer. By "force" it is given in any case.
+    """
 
     source_id: str
     nonce: str
+    by: Literal["session", "promotion", "force"] = "session"
 
 
 def read_turn(store: Path, name: str) -> Turn | None:
@@ -33,9 +39,14 @@ def read_turn(store: Path, name: str) -> Turn | None:
         return None
 
 
-def ask_for_turn(store: Path, name: str, source_id: str) -> Turn:
+def ask_for_turn(
+    store: Path,
+    name: str,
+    source_id: str,
+    by: Literal["session", "promotion", "force"] = "session",
+) -> Turn:
     """Ask the process that holds a replica to end its session. Raises OSError."""
-    turn = Turn(source_id, secrets.token_hex(8))
+    turn = Turn(source_id, secrets.token_hex(8), by)
     file = _file(store, name)
     file.parent.mkdir(mode=0o700, exist_ok=True)
     # Not fsynced: after a crash of the host nobody holds anything.

@@ -82,7 +82,7 @@ def test_life_of_a_replica_reopened_at_each_step(tmp_path: Path) -> None:
             replica.promote("won", 2)
         replica.promote("won", 1)
         replica.promote("won", 1)
-    refused(tmp_path, "is promoted")
+    refused(tmp_path, "was promoted")
     (tmp_path / "vm/root").write_bytes(b"the guest's now")
     with Store(tmp_path) as store, Replica.load(store, "vm") as replica:
         replica.promote("won", 1)

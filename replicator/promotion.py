@@ -1,0 +1,100 @@
+"""Making a replica the disk when its source is gone: the steps that `Replica` puts in order."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fusedisk.errors import FuseDiskError
+from fusedisk.fencing import fence_path
+from replicator.files import Files
+from replicator.journal import JournalHeader, JournalWriter
+from replicator.manifest import JournalRef, Manifest
+from replicator.points import PointView
+
+_PIECE_BYTES = 1 << 20
+
+
+def promoted_text(name: str, manifest: Manifest, *, ours: bool) -> str:
+    """Why a source is refused by a promoted replica; ``ours`` if it was the replica's source."""
+    when = ""
+    if manifest.promoted_at is not None:
+        when = datetime.fromtimestamp(manifest.promoted_at, UTC).strftime(" on %Y-%m-%d %H:%M UTC")
+    if not ours:
+        return (
+            f"replica {name!r} was promoted{when} and is a disk of its own; replicate under "
+            "another name, or make it a replica again with 'replicator adopt' at the target"
+        )
+    return (
+        f"replica {name!r} was promoted{when}; this source is no longer the disk: fence it with "
+        "'replicator resolve', or replicate under another name"
+    )
+
+
+def clear_image_fences(files: Files, directory: Path, manifest: Manifest) -> None:
+    """Remove the fences that adopted images brought along, durably. Raises OSError."""
+    removed = False
+    for disk in manifest.disks:
+        with suppress(FileNotFoundError):
+            files.unlink(fence_path(directory / disk.name))
+            removed = True
+    if removed:
+        files.sync_directory(directory)
+
+
+def rollback_journal(
+    files: Files,
+    directory: Path,
+    manifest: Manifest,
+    fds: Sequence[int],
+    point_id: int,
+    now: float,
+) -> JournalRef | None:
+    """Write the journal of a pass back to a recovery point; None where the images are there.
+
+    No journal may be pending. Raises OSError or FuseDiskError; then nothing has changed.
+    """
+    view = PointView(files, directory, manifest, point_id)
+    try:
+        if view.point.id == manifest.points[-1].id:
+            return None
+        base = manifest.committed
+        header = JournalHeader(uuid.uuid4().hex, manifest.source_id, *base, view.point.epoch)
+        writer = JournalWriter(files, directory, 0, header)
+        try:
+            for disk, fd in enumerate(fds):
+                _write_back(files, view, writer, disk, fd)
+            ref = writer.seal(view.point.generation, view.point.epoch, now)
+        except BaseException:
+            writer.drop()
+            raise
+        writer.close()
+        return ref
+    finally:
+        view.close()
+
+
+def _write_back(files: Files, view: PointView, writer: JournalWriter, disk: int, fd: int) -> None:
+    for start, end, is_data in view.overwritten(disk):
+        if not is_data:
+            writer.zero(disk, start, end - start)
+            continue
+        # Invariant: applying what was committed never ends for want of room.
+        files.reserve(fd, start, end - start)
+        for at in range(start, end, _PIECE_BYTES):
+            data = view.read(disk, at, min(_PIECE_BYTES, end - at))
+            writer.data(disk, at, memoryview(data), None)
+
+
+def disk_paths(directory: Path, manifest: Manifest) -> list[str]:
+    """The images, for whoever is to use them now."""
+    return [str(directory / disk.name) for disk in manifest.disks]
+
+
+def require_points(name: str, manifest: Manifest) -> None:
+    """Raise FuseDiskError where nothing was committed yet."""
+    if not manifest.points:
+        raise FuseDiskError(f"replica {name!r} has no recovery point; leave --point out")
