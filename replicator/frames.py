@@ -77,6 +77,9 @@ FRAME_TYPES: Final[Mapping[int, type[Event]]] = {
     18: m.Pong,
     19: m.Failed,
     20: m.Bye,
+    21: m.Restore,
+    22: m.Restorable,
+    23: m.ReadRequest,
 }
 _FRAME_NUMBERS: Final = {kind: number for number, kind in FRAME_TYPES.items()}
 _DECODERS: Final[Mapping[type[Event], msgspec.msgpack.Decoder[m.Message]]] = {
@@ -89,6 +92,7 @@ _SMALL_BYTES_MAX: Final = 8 * KIB
 MESSAGE_BYTES_BY_KIND: Final[Mapping[type[Event], int]] = {
     **dict.fromkeys(_DECODERS, _SMALL_BYTES_MAX),
     m.Open: 128 * KIB,
+    m.Restorable: 128 * KIB,
     m.Hashes: MESSAGE_BYTES_MAX,
 }
 _ENCODER: Final = msgspec.msgpack.Encoder()

@@ -78,7 +78,7 @@ class Hello(Message, frozen=True):
     """The sender's first word: the versions it speaks and the seed for hashes of disk blocks."""
 
     versions: Annotated[list[Version], Meta(min_length=1, max_length=16)]
-    purpose: Literal["replicate", "verify", "resolve", "list"]
+    purpose: Literal["replicate", "verify", "resolve", "list", "restore"]
     seed: U64
 
 
@@ -222,6 +222,33 @@ class Resolve(Message, frozen=True):
     name: Name
     source_id: Ident
     token: Ident | None
+
+
+class Restore(Message, frozen=True):
+    """Ask to read a replica as it was at a recovery point, by default the newest."""
+
+    name: Name
+    point: Count | None
+
+
+class Restorable(Message, frozen=True):
+    """The point that is read from now on, and the disks, which later frames name by their place."""
+
+    point: Count
+    generation: Ident
+    epoch: Count
+    disks: Annotated[list[DiskInfo], Meta(min_length=1, max_length=DISKS_MAX)]
+
+
+class ReadRequest(Message, frozen=True):
+    """Ask for a range of the point: the answer is Data and Zero that cover it in order."""
+
+    disk: DiskIndex
+    offset: Count
+    length: Annotated[int, Meta(ge=1, le=HASH_LENGTH_MAX)]
+
+    def __post_init__(self) -> None:
+        _check_range(self.offset, self.length)
 
 
 class Ping(Message, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,13 +24,15 @@ log = logging.getLogger("replicator.store")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-def before_commit(points: Sequence[Point], policy: Policy, now: float) -> list[Point]:
+def before_commit(
+    points: Sequence[Point], policy: Policy, now: float, pinned: Set[int] = frozenset()
+) -> list[Point]:
     """Return the points to list with a commit at `now`: the images' own only if it stays.
 
     Without undo records of its own it can go at once, and then the point before it takes
     the undo records of the pass.
     """
-    if not points or points[-1].undo_bytes:
+    if not points or points[-1].undo_bytes or points[-1].id in pinned:
         return list(points)
     stays = kept(policy, [*(point.time for point in points), now])[-2]
     return list(points) if stays else list(points[:-1])
@@ -111,16 +113,23 @@ def still_there(directory: Path, points: Sequence[Point]) -> list[Point]:
 
 
 def thin_one(
-    files: Files, directory: Path, manifest: Manifest, policy: Policy
+    files: Files,
+    directory: Path,
+    manifest: Manifest,
+    policy: Policy,
+    pinned: Set[int] = frozenset(),
 ) -> list[Point] | None:
     """Prepare one point to go; the points to record then, or None if all may stay.
+
+    Points that are ``pinned`` stay, whatever the policy.
 
     The next older point takes its undo records; older wins where both have a range. A crash
     before the record leaves records that are there twice, which changes no point.
     Raises FuseDiskError.
     """
     points = manifest.points
-    keep = kept(policy, [point.time for point in points])
+    wanted = kept(policy, [point.time for point in points])
+    keep = [yes or point.id in pinned for yes, point in zip(wanted, points, strict=True)]
     if all(keep):
         return None
     index = keep.index(False)

@@ -6,8 +6,7 @@ images by a thread, while the worker receives the next one.
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import TypeAlias, TypeVar, TypeVarTuple
 
 import trio
@@ -15,9 +14,11 @@ import trio
 from fusedisk.errors import FuseDiskError
 from replicator import messages as m
 from replicator.admission import Admission
+from replicator.beating import saying_that_it_lives
 from replicator.journal import JournalDamaged
 from replicator.link import Link, LinkLost, say_last
 from replicator.manifest import ReplicaDisk, read_manifest
+from replicator.reading import serve_reads
 from replicator.replica import Replica, TargetFull
 from replicator.running import first_error
 from replicator.store import ReplicaBusy, Store, check_replica_name
@@ -28,8 +29,6 @@ from replicator.turns import Turn, ask_for_turn, read_turn
 log = logging.getLogger("replicator.receiver")
 
 _QUEUED_EVENTS_MAX = 16
-# Less than half of the shortest --link-timeout.
-_BEAT_SECONDS = 0.8
 _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
 _PROBE_SECONDS = 2.0
@@ -116,6 +115,9 @@ class Receiver:
             opening = await link.receive()
         if isinstance(opening, m.Resolve):
             await self._resolve(link, opening)
+            return
+        if isinstance(opening, m.Restore):
+            await serve_reads(link, self._store, opening, hello.seed)
             return
         if not isinstance(opening, m.Open):
             raise LinkLost("the sender asked for nothing")
@@ -303,7 +305,7 @@ async def _work(
                 digest.add(event)
                 await trio.to_thread.run_sync(replica.zero, event.disk, event.offset, event.length)
             case m.HashRequest():
-                async with _saying_that_it_lives(link):
+                async with saying_that_it_lives(link):
                     hashes = await trio.to_thread.run_sync(_hash, replica, event, seed)
                 await link.send(hashes)
             case m.Begin():
@@ -312,13 +314,13 @@ async def _work(
             case m.Commit():
                 if (event.transfers, event.digest) != (digest.count, digest.value()):
                     raise m.RemoteProtocolError("the pass is not the one that was sent")
-                async with _saying_that_it_lives(link):
+                async with saying_that_it_lives(link):
                     await trio.to_thread.run_sync(replica.commit, event.generation, event.epoch)
                 await link.send(m.Committed(event.generation, event.epoch))
                 # Beside the next pass; commit, promote and hashes wait for it.
                 nursery.start_soon(trio.to_thread.run_sync, replica.apply)
             case m.Promote():
-                async with _saying_that_it_lives(link):
+                async with saying_that_it_lives(link):
                     await trio.to_thread.run_sync(replica.promote, event.token, event.epoch)
                 await link.send(m.Promoted(event.token, event.epoch))
             case m.Abort():
@@ -328,23 +330,6 @@ async def _work(
                 await link.send(m.Pong(event.nonce))
             case m.Bye() | m.Failed():
                 return
-
-
-@asynccontextmanager
-async def _saying_that_it_lives(link: Link) -> AsyncIterator[None]:
-    """Send a Pong now and then: a long sync must not look like a dead network."""
-
-    async def beat() -> None:
-        while True:
-            await trio.sleep(_BEAT_SECONDS)
-            # A beat that is cut short would leave half a frame behind.
-            with trio.CancelScope(shield=True):
-                await link.send(m.Pong(0))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(beat)
-        yield
-        nursery.cancel_scope.cancel()
 
 
 def _open(store: Store, hello: m.Hello, opening: m.Open) -> Replica:

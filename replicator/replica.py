@@ -40,6 +40,7 @@ from replicator.manifest import (
     read_manifest,
     write_manifest,
 )
+from replicator.pins import pinned_points
 from replicator.points import before_commit, remove_unlisted, report_lost, thin_one
 from replicator.promotion import clear_image_fences, promoted_text, rollback_journal
 from replicator.recovery import (
@@ -340,7 +341,7 @@ class Replica:
                 self._receiving.close()
                 self._receiving = None
                 # Invariant: this record is the commit; nothing is acknowledged or applied before.
-                points = before_commit(last.points, parse_policy(last.keep), now)
+                points = before_commit(last.points, parse_policy(last.keep), now, self._pinned())
                 self._record(
                     msgspec.structs.replace(last, applying=True, journal=ref, points=points)
                 )
@@ -356,7 +357,7 @@ class Replica:
                     state="following",
                     applying=False,
                     points=[
-                        *before_commit(last.points, parse_policy(last.keep), now),
+                        *before_commit(last.points, parse_policy(last.keep), now, self._pinned()),
                         Point(last.next_point, generation, epoch, now),
                     ],
                     next_point=last.next_point + 1,
@@ -410,10 +411,17 @@ class Replica:
         with self._excluding():
             self._record(msgspec.structs.replace(self._manifest, points=points))
 
+    def _pinned(self) -> frozenset[int]:
+        with clear_errors(f"cannot look who reads replica {self.name!r}"):
+            return pinned_points(self._store.path, self.name)
+
     def _thin(self) -> None:
         """Let go of the points that the policy no longer keeps; `_apply_mutex` is held."""
-        policy = parse_policy(self._manifest.keep)
-        while (step := thin_one(self._files, self._directory, self._manifest, policy)) is not None:
+        policy, pinned = parse_policy(self._manifest.keep), self._pinned()
+        while True:
+            step = thin_one(self._files, self._directory, self._manifest, policy, pinned)
+            if step is None:
+                return
             self._record_points(step)
             with clear_errors(f"cannot remove a recovery point of replica {self.name!r}"):
                 remove_unlisted(self._files, self._directory, step)

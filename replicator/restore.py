@@ -15,12 +15,13 @@ import xxhash
 
 from fusedisk.errors import FuseDiskError
 from replicator.files import Files
+from replicator.livepoint import LivePoint
 from replicator.points import PointView
 
 _BLOCK_BYTES = 1 << 20
 
 
-def restore(view: PointView, directory: Path, advance: Callable[[int], None]) -> int:
+def restore(view: PointView | LivePoint, directory: Path, advance: Callable[[int], None]) -> int:
     """Make `directory/<disk>` the disks as they were at a point; return the bytes written.
 
     `advance` is told of every byte of the disks twice, once copied and once verified. Raises
@@ -31,9 +32,9 @@ def restore(view: PointView, directory: Path, advance: Callable[[int], None]) ->
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / disk.name for disk in view.disks]
         for path, disk in zip(paths, view.disks, strict=True):
-            _check_fits(path, disk.size)
+            check_fits(path, disk.size)
         written = 0
-        fds = [_opened(path, disk.size) for path, disk in zip(paths, view.disks, strict=True)]
+        fds = [opened(path, disk.size) for path, disk in zip(paths, view.disks, strict=True)]
         try:
             for number, fd in enumerate(fds):
                 written += _copy(files, view, number, fd, advance)
@@ -52,7 +53,8 @@ def restore(view: PointView, directory: Path, advance: Callable[[int], None]) ->
     return written
 
 
-def _check_fits(path: Path, size: int) -> None:
+def check_fits(path: Path, size: int) -> None:
+    """Check that an image can become a disk of ``size`` bytes. Raises FuseDiskError."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -65,13 +67,16 @@ def _check_fits(path: Path, size: int) -> None:
         )
 
 
-def _opened(path: Path, size: int) -> int:
+def opened(path: Path, size: int) -> int:
+    """Open an image, or make it. Raises OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.ftruncate(fd, size)
     return fd
 
 
-def _copy(files: Files, view: PointView, disk: int, fd: int, advance: Callable[[int], None]) -> int:
+def _copy(
+    files: Files, view: PointView | LivePoint, disk: int, fd: int, advance: Callable[[int], None]
+) -> int:
     written = 0
     for start, end, is_data in _blocks(view, disk):
         if not is_data:
@@ -88,7 +93,7 @@ def _copy(files: Files, view: PointView, disk: int, fd: int, advance: Callable[[
 
 
 def _verify(
-    view: PointView, disk: int, fd: int, path: Path, advance: Callable[[int], None]
+    view: PointView | LivePoint, disk: int, fd: int, path: Path, advance: Callable[[int], None]
 ) -> None:
     """Read both again, the copy from the disk where the kernel lets go of its pages."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -104,7 +109,7 @@ def _verify(
         advance(end - start)
 
 
-def _blocks(view: PointView, disk: int) -> Iterator[tuple[int, int, bool]]:
+def _blocks(view: PointView | LivePoint, disk: int) -> Iterator[tuple[int, int, bool]]:
     """(start, end, is data) covering a disk; data at most a block at a time."""
     position = 0
     for start, end in view.data(disk):

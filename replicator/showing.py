@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import trio
+from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 
 from fusedisk.units import format_size
 from replicator import display
 from replicator.following import Follower
+from replicator.progress import Progress
 
 log = logging.getLogger("replicator.progress")
 
@@ -73,6 +76,29 @@ async def _log_lines(follower: Follower) -> None:
                 *(format_size(follower.sent.bytes - sent), display.lag_text(follower.report())),
             )
         commits, sent = follower.commits, follower.sent.bytes
+
+
+async def showing_progress(progress: Progress) -> None:
+    """Show one phase on stderr until cancelled: a bar on a terminal, else lines in the log."""
+    if not sys.stderr.isatty():
+        while True:
+            await trio.sleep(_LOG_SECONDS)
+            text = display.progress_text(progress.report(trio.current_time()))
+            log.info("%s: %s", progress.phase, text)
+    console = Console(stderr=True, highlight=False, markup=False)
+    with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
+        try:
+            while True:
+                live.update(_phase(progress), refresh=True)
+                await trio.sleep(_BAR_SECONDS)
+        finally:
+            live.update(_phase(progress), refresh=True)
+
+
+def _phase(progress: Progress) -> Columns:
+    found = progress.report(trio.current_time())
+    bar = ProgressBar(total=100, completed=found["percent"] or 0, width=28)
+    return Columns([progress.phase, bar, display.progress_text(found)])
 
 
 def log_to_file(path: Path) -> None:

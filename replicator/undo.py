@@ -186,9 +186,19 @@ class UndoLog:
             os.close(self.fd)
 
 
-def read_heads(fd: int, seed: int) -> Iterator[tuple[Head, int]]:
+def read_more(fd: int, seed: int, position: int) -> Iterator[tuple[Head, int]]:
+    """Yield the heads from a byte on, and where their data is, of records that are whole.
+
+    One that is being added ends it, as damage does.
+    """
+    for head, at in read_heads(fd, seed, position):
+        if not _matches(fd, head, at):
+            return
+        yield head, at
+
+
+def read_heads(fd: int, seed: int, position: int = 0) -> Iterator[tuple[Head, int]]:
     """Yield the heads of an undo file, and where their data is, up to the first that is bad."""
-    position = 0
     while True:
         head = decode_head(os.pread(fd, HEAD_BYTES, position), seed)
         if head is None or head.kind not in (DATA, ZERO):

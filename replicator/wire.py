@@ -43,6 +43,8 @@ class State(enum.Enum):
     PROMOTED = "promoted"
     ABORTING = "aborting"
     RESOLVING = "resolving"
+    LOCATING = "locating"
+    RESTORING = "restoring"
     CLOSED = "closed"
 
 
@@ -68,6 +70,7 @@ TRANSITIONS: Final[Mapping[State, Rules]] = {
     State.GREETED: {
         m.Open: (_SENDER, State.OPENING),
         m.Resolve: (_SENDER, State.RESOLVING),
+        m.Restore: (_SENDER, State.LOCATING),
         **_common(State.GREETED),
     },
     State.OPENING: {m.Opened: (_RECEIVER, State.READY), **_common(State.OPENING)},
@@ -95,6 +98,15 @@ TRANSITIONS: Final[Mapping[State, Rules]] = {
         m.Promoted: (_RECEIVER, State.PROMOTED),
         m.Aborted: (_RECEIVER, State.GREETED),
         **_common(State.RESOLVING),
+    },
+    State.LOCATING: {m.Restorable: (_RECEIVER, State.RESTORING), **_common(State.LOCATING)},
+    State.RESTORING: {
+        m.ReadRequest: (_SENDER, State.RESTORING),
+        Data: (_RECEIVER, State.RESTORING),
+        Zero: (_RECEIVER, State.RESTORING),
+        m.HashRequest: (_SENDER, State.RESTORING),
+        m.Hashes: (_RECEIVER, State.RESTORING),
+        **_common(State.RESTORING),
     },
     State.CLOSED: {},
 }

@@ -45,7 +45,7 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
     m.Hello: st.builds(
         m.Hello,
         st.lists(st.integers(2, 65535), max_size=4).map(lambda rest: [1, *rest]),
-        st.sampled_from(["replicate", "verify", "resolve", "list"]),
+        st.sampled_from(["replicate", "verify", "resolve", "list", "restore"]),
         u64,
     ),
     m.Welcome: st.just(m.Welcome(1)),
@@ -69,7 +69,7 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
     ),
     m.Begin: st.builds(m.Begin, count, st.sampled_from(["fill", "compare", "pass"])),
     Data: st.builds(Data.of, disk, offset, st.binary(min_size=1, max_size=300)),
-    Zero: st.builds(Zero, disk, offset, st.integers(1, 2**62)),
+    Zero: st.builds(Zero, disk, offset, st.integers(1, 2**62 - 1)),
     m.HashRequest: st.builds(m.HashRequest, disk, offset, st.integers(1, m.HASH_LENGTH_MAX)),
     m.Hashes: hashes(),
     m.Commit: st.builds(m.Commit, ident, count, count, st.binary(max_size=64)),
@@ -79,6 +79,19 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
     m.Abort: st.builds(m.Abort, ident),
     m.Aborted: st.builds(m.Aborted, ident),
     m.Resolve: st.builds(m.Resolve, ident, ident, ident),
+    m.Restore: st.builds(m.Restore, ident, st.none() | count),
+    m.Restorable: st.builds(
+        m.Restorable,
+        count,
+        ident,
+        count,
+        st.lists(
+            st.builds(m.DiskInfo, ident, count, st.integers(1, m.OFFSET_MAX)),
+            min_size=1,
+            max_size=4,
+        ),
+    ),
+    m.ReadRequest: st.builds(m.ReadRequest, disk, offset, st.integers(1, m.HASH_LENGTH_MAX)),
     m.Ping: st.builds(m.Ping, u64),
     m.Pong: st.builds(m.Pong, u64),
     m.Failed: st.builds(m.Failed, ident, st.text(st.characters(codec="utf-8"), max_size=50)),
@@ -112,6 +125,12 @@ PATHS: dict[State, list[tuple[wire.Role, Event]]] = {
     ],
     State.ABORTING: [*TO_READY, ("sender", m.Abort("t"))],
     State.RESOLVING: [*TO_GREETED, ("sender", m.Resolve("vm", "source", "t"))],
+    State.LOCATING: [*TO_GREETED, ("sender", m.Restore("vm", None))],
+    State.RESTORING: [
+        *TO_GREETED,
+        ("sender", m.Restore("vm", None)),
+        ("receiver", m.Restorable(3, "gen", 7, [m.DiskInfo("vda", 1 << 30, 65536)])),
+    ],
     State.CLOSED: [*TO_GREETED, ("receiver", m.Bye())],
 }
 ROLES: tuple[wire.Role, wire.Role] = ("sender", "receiver")
@@ -153,6 +172,7 @@ def example(kind: type[Event]) -> Event:
             [m.Segment(0, 65537, False, bytes(range(32))), m.Segment(65537, 1, True, b"")],
         ),
         m.Committed: m.Committed("gen", 3),
+        m.ReadRequest: m.ReadRequest(0, 0, 65537),
         m.Aborted: m.Aborted("t"),
         m.Ping: m.Ping(2**64 - 1),
         m.Pong: m.Pong(0),
