@@ -17,6 +17,7 @@ import trio
 from fusedisk.errors import FuseDiskError
 from fusedisk.replicas import ReplicaRecord, Sent, read_record, write_record
 from replicator.address import Address
+from replicator.batches import Unread, describe
 from replicator.cutover import Cutover, CutoverOptions, new_record
 from replicator.handover import NotConverged, OutcomeUnknown, asking, rolled_back
 from replicator.link import LinkLost
@@ -77,6 +78,7 @@ class Follower:
         self.rates = Rates()
         self.state = "connecting"
         self.error: str | None = None
+        self._before_unread: str | None = None
         self.committed: int | None = None
         self.commits = 0
         self.paused = False
@@ -188,6 +190,7 @@ class Follower:
             *(self.progress, self.sent, self.rates),
         )
         session.on_phase = self._set_state
+        session.on_unread = self._note_unread
         session.held = lambda: self._hold(session)
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
@@ -205,7 +208,7 @@ class Follower:
 
     async def _converse(self, session: Session, link: SenderLink) -> None:
         opened = await session.open()
-        self.error = None
+        self.error = self._before_unread = None
         self._reached = True
         self._retry_seconds = _RETRY_SECONDS_MIN
         if opened.state == "new" or opened.generation != self._source.record.generation:
@@ -373,6 +376,17 @@ class Follower:
         log.info("%s", state)
         self._noting.set()
         self.on_change()
+
+    def _note_unread(self, unread: list[Unread]) -> None:
+        if unread:
+            self.error = describe(unread, [disk.path for disk in self._source.record.disks])
+            log.warning("%s", self.error)
+            self._before_unread = self._before_unread or self.state
+            self._set_state("waiting")
+        elif self._before_unread is not None:
+            self.error = None
+            self._set_state(self._before_unread)
+            self._before_unread = None
 
     async def _keep_note(self) -> None:
         while True:

@@ -95,6 +95,8 @@ MESSAGE_BYTES_BY_KIND: Final[Mapping[type[Event], int]] = {
     m.Restorable: 128 * KIB,
     m.Hashes: MESSAGE_BYTES_MAX,
 }
+_SPARE_BYTES_MIN: Final = 64 * KIB
+_SPARE_BUFFERS_MAX: Final = 16
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
@@ -156,16 +158,34 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self._head = bytearray(_HEAD_BYTES)
+        self._head = memoryview(bytearray(_HEAD_BYTES))
+        self._spare: list[bytearray] = []
         self._restart()
+
+    def recycle(self, data: memoryview) -> None:
+        """Use the buffer of a Data again, which nobody may look at any more."""
+        buffer = data.obj
+        if (
+            isinstance(buffer, bytearray)
+            and len(buffer) == DATA_BYTES_MAX
+            and len(self._spare) < _SPARE_BUFFERS_MAX
+        ):
+            self._spare.append(buffer)
+
+    def _bulk(self) -> memoryview:
+        # Fresh pages cost more than all else that is done with the bytes in them.
+        if self._bulk_bytes < _SPARE_BYTES_MIN:
+            return memoryview(bytearray(self._bulk_bytes))
+        buffer = self._spare.pop() if self._spare else bytearray(DATA_BYTES_MAX)
+        return memoryview(buffer)[: self._bulk_bytes]
 
     def _restart(self) -> None:
         self._kind: type[Event] | None = None
-        self._covered: bytearray | None = None
+        self._covered: memoryview | None = None
         self._bulk_bytes = 0
         self._expect(self._head)
 
-    def _expect(self, part: bytearray) -> None:
+    def _expect(self, part: memoryview) -> None:
         self._part = part
         self._filled = 0
 
@@ -176,7 +196,7 @@ class Reader:
 
     def vacant(self) -> memoryview:
         """Return where the next bytes belong; never empty."""
-        return memoryview(self._part)[self._filled :]
+        return self._part[self._filled :]
 
     def advance(self, count: int, check_kind: Callable[[type[Event]], None]) -> Event | None:
         """Count bytes placed in `vacant()`; return the event if they complete one.
@@ -191,7 +211,7 @@ class Reader:
         self._filled += count
         if self._part is self._head:
             # At once: a foreign peer may say less than a header and then wait for an answer.
-            _check_magic(self._head[: min(self._filled, len(MAGIC))])
+            _check_magic(bytes(self._head[: min(self._filled, len(MAGIC))]))
         if self._filled < len(self._part):
             return None
         if self._kind is None:
@@ -201,8 +221,8 @@ class Reader:
             self._covered = self._part
             self._check_covered(self._covered)
             if self._bulk_bytes:
-                # A fresh one for each frame: the event keeps it.
-                self._expect(bytearray(self._bulk_bytes))
+                # The event keeps it until it is given back.
+                self._expect(self._bulk())
                 return None
         event = self._event(self._kind, self._covered)
         self._restart()
@@ -221,9 +241,9 @@ class Reader:
         check_kind(kind)
         self._kind, self._disk = kind, disk
         self._bulk_bytes = length - _PREFIX.size if kind is Data else 0
-        self._expect(bytearray(length - self._bulk_bytes))
+        self._expect(memoryview(bytearray(length - self._bulk_bytes)))
 
-    def _check_covered(self, covered: bytearray) -> None:
+    def _check_covered(self, covered: memoryview) -> None:
         (expected,) = _CHECKSUM.unpack_from(self._head, _HEADER.size)
         if _checksum(self._head[: _HEADER.size], covered) != expected:
             raise RemoteProtocolError("a frame was damaged on the way: its checksum does not match")
@@ -233,10 +253,10 @@ class Reader:
                 raise RemoteProtocolError("peer sent a malformed Data prefix")
             _check_extent(self._disk, offset, self._bulk_bytes, RemoteProtocolError)
 
-    def _event(self, kind: type[Event], covered: bytearray) -> Event:
+    def _event(self, kind: type[Event], covered: memoryview) -> Event:
         if kind is Data:
             offset, _, digest = _PREFIX.unpack(covered)
-            return Data(self._disk, offset, digest, memoryview(self._part).toreadonly())
+            return Data(self._disk, offset, digest, self._part.toreadonly())
         if kind is Zero:
             offset, length = _ZERO.unpack(covered)
             _check_extent(self._disk, offset, length, RemoteProtocolError)
@@ -257,7 +277,7 @@ def _length_bounds(kind: type[Event]) -> tuple[int, int]:
     return 1, MESSAGE_BYTES_BY_KIND[kind]
 
 
-def _check_magic(start: bytearray) -> None:
+def _check_magic(start: bytes) -> None:
     if MAGIC.startswith(start):
         return
     # A record of TLS, handshake or alert (RFC 8446, 5.1): the likeliest mistake has a remedy.

@@ -1,7 +1,7 @@
 """A stream that speaks the protocol: events in, events out."""
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias, TypeVar
 
 import trio
 
@@ -20,6 +20,15 @@ Expected = TypeVar("Expected", bound=Event)
 
 SILENCE_SECONDS_MAX = 60.0
 """How long a peer may neither take nor send anything before it counts as gone."""
+
+
+# What is read ahead of a part of a frame: the next header, or many small frames, in one call.
+_AHEAD_BYTES = 16 << 10
+# One write of a stream that is not a socket; its deadline is for so much.
+_WRITE_BYTES = 1 << 20
+_BUFFERS_A_CALL_MAX = 256
+
+Buffer: TypeAlias = bytes | memoryview
 
 
 class LinkLost(Exception):
@@ -45,41 +54,78 @@ class Link:
         self._connection = Connection(role)
         # Invariant: buffers reach the stream in the order in which the protocol saw the events.
         self._sending = trio.Lock()
-        self.received_bytes = 0
+        self.received_bytes = self._received = 0
+        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
+        self._waiting = self._ahead[:0]
 
-    async def send(self, event: Event) -> None:
-        """Raises LinkLost, or LocalProtocolError for an event out of turn."""
+    async def send(self, *events: Event) -> None:
+        """Send events with as few system calls as can be.
+
+        Raises LinkLost, or LocalProtocolError for an event out of turn.
+        """
         async with self._sending:
             try:
-                for buffer in self._connection.send(event):
-                    await self._write(buffer)
+                await self._write([b for event in events for b in self._connection.send(event)])
             except trio.TooSlowError as error:
                 raise LinkLost("the peer takes no more data") from error
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise _lost(error) from error
 
-    async def _write(self, buffer: bytes | memoryview) -> None:
-        await self._put(buffer)
+    async def _write(self, buffers: Sequence[Buffer]) -> None:
+        await self._put(buffers)
 
-    async def _put(self, buffer: bytes | memoryview) -> None:
+    async def _put(self, buffers: Sequence[Buffer]) -> None:
         # A peer whose network went away silently takes nothing and closes nothing.
-        with trio.fail_after(self.silence_seconds_max):
-            await self._stream.send_all(buffer)
+        if isinstance(self._stream, trio.SocketStream):
+            await self._put_on_socket(self._stream.socket, buffers)
+            return
+        for buffer in buffers:
+            for at in range(0, len(buffer), _WRITE_BYTES):
+                with trio.fail_after(self.silence_seconds_max):
+                    await self._stream.send_all(buffer[at : at + _WRITE_BYTES])
+
+    async def _put_on_socket(
+        self, socket: trio.socket.SocketType, buffers: Sequence[Buffer]
+    ) -> None:
+        views = [memoryview(buffer) for buffer in buffers]
+        first = 0
+        while first < len(views):
+            with trio.fail_after(self.silence_seconds_max):
+                done = await socket.sendmsg(views[first : first + _BUFFERS_A_CALL_MAX])
+            while first < len(views) and done >= len(views[first]):
+                done -= len(views[first])
+                first += 1
+            if done:
+                views[first] = views[first][done:]
 
     async def receive(self) -> Event:
         """The next event. Raises LinkLost at the end, RemoteProtocolError on a broken rule."""
         while True:
             buffer = self._connection.get_buffer()
-            try:
-                count = await self._receive_into(buffer)
-            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise _lost(error) from error
-            if count == 0:
-                # Inside a frame or not: the network may cut anywhere, and no rule was broken.
-                raise LinkLost("the peer closed the connection")
-            self.received_bytes += count
+            if not self._waiting:
+                await self._receive(buffer)
+                count = min(self._received, len(buffer))
+                self._waiting = self._ahead[: self._received - count]
+            else:
+                count = min(len(buffer), len(self._waiting))
+                buffer[:count] = self._waiting[:count]
+                self._waiting = self._waiting[count:]
             if events := self._connection.received(count):
                 return events[0]
+
+    async def _receive(self, buffer: memoryview) -> None:
+        try:
+            self._received = await self._receive_into(buffer, self._ahead)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise _lost(error) from error
+        if self._received == 0:
+            # Inside a frame or not: the network may cut anywhere, and no rule was broken.
+            raise LinkLost("the peer closed the connection")
+        self.received_bytes += self._received
+
+    def recycle(self, data: memoryview) -> None:
+        """Use the buffer of a Data's bytes again, which nobody may look at any more."""
+        self._connection.recycle(data)
 
     async def receive_soon(self) -> Event:
         """The next event of a peer that has something to say. Raises as `receive` does."""
@@ -140,13 +186,24 @@ def _lost(error: Exception) -> LinkLost:
     return LinkLost(str(error) or "the connection was lost")
 
 
-def _receiver_into(stream: trio.abc.Stream) -> Callable[[memoryview], Awaitable[int]]:
+def _receiver_into(
+    stream: trio.abc.Stream,
+) -> Callable[[memoryview, memoryview], Awaitable[int]]:
+    """How to receive into one buffer and what is too much for it into another."""
     if isinstance(stream, trio.SocketStream):
-        return stream.socket.recv_into
+        socket = stream.socket
 
-    async def receive_into(buffer: memoryview) -> int:
-        data = await stream.receive_some(len(buffer))
-        buffer[: len(data)] = data
+        async def receive_message(buffer: memoryview, ahead: memoryview) -> int:
+            count: int = (await socket.recvmsg_into([buffer, ahead]))[0]
+            return count
+
+        return receive_message
+
+    async def receive_into(buffer: memoryview, ahead: memoryview) -> int:
+        data = memoryview(await stream.receive_some(len(buffer) + len(ahead)))
+        here = min(len(data), len(buffer))
+        buffer[:here] = data[:here]
+        ahead[: len(data) - here] = data[here:]
         return len(data)
 
     return receive_into

@@ -6,7 +6,7 @@ images by a thread, while the worker receives the next one.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias, TypeVar, TypeVarTuple
 
 import trio
@@ -15,6 +15,7 @@ from fusedisk.errors import FuseDiskError
 from replicator import messages as m
 from replicator.admission import Admission
 from replicator.beating import saying_that_it_lives
+from replicator.eventqueue import EventQueue
 from replicator.journal import JournalDamaged
 from replicator.link import Link, LinkLost, say_last
 from replicator.manifest import ReplicaDisk, read_manifest
@@ -28,7 +29,6 @@ from replicator.turns import Turn, ask_for_turn, read_turn
 
 log = logging.getLogger("replicator.receiver")
 
-_QUEUED_EVENTS_MAX = 16
 _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
 _PROBE_SECONDS = 2.0
@@ -184,12 +184,12 @@ class Receiver:
                 )
             )
             log.info("replica %s: %s at epoch %s", opening.name, state, manifest.epoch)
-            queue, events = trio.open_memory_channel[m.Event](_QUEUED_EVENTS_MAX)
+            queue = EventQueue()
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._give_way, opening, turn, active)
                     nursery.start_soon(_read, link, queue, active.pong)
-                    await _work(link, replica, events, hello.seed, nursery)
+                    await _work(link, replica, queue, hello.seed, nursery)
                     nursery.cancel_scope.cancel()
             except* (LinkLost, FuseDiskError, m.RemoteProtocolError, OSError) as group:
                 raise first_error(group) from None
@@ -274,36 +274,35 @@ async def _authenticated(authenticate: Authenticate | None) -> str | None:
         raise LinkLost(str(error) or "the connection was lost") from None
 
 
-async def _read(
-    link: Link, queue: trio.MemorySendChannel[m.Event], on_pong: Callable[[], None]
-) -> None:
-    async with queue:
-        while True:
-            event = await link.receive()
-            if isinstance(event, m.Pong):
-                on_pong()
-                continue
-            await queue.send(event)
-            if isinstance(event, m.Bye | m.Failed):
-                return
+async def _read(link: Link, queue: EventQueue, on_pong: Callable[[], None]) -> None:
+    while True:
+        event = await link.receive()
+        if isinstance(event, m.Pong):
+            on_pong()
+            continue
+        await queue.put(event)
+        if isinstance(event, m.Bye | m.Failed):
+            return
 
 
 async def _work(
     link: Link,
     replica: Replica,
-    events: trio.MemoryReceiveChannel[m.Event],
+    queue: EventQueue,
     seed: int,
     nursery: trio.Nursery,
 ) -> None:
     digest = TransferDigest()
-    async for event in events:
+    while True:
+        event = await queue.take()
         match event:
-            case m.Data():
-                digest.add(event)
-                await trio.to_thread.run_sync(_store_data, replica, event)
-            case m.Zero():
-                digest.add(event)
-                await trio.to_thread.run_sync(replica.zero, event.disk, event.offset, event.length)
+            case list():
+                for transfer in event:
+                    digest.add(transfer)
+                await trio.to_thread.run_sync(_store, replica, event)
+                for transfer in event:
+                    if isinstance(transfer, m.Data):
+                        link.recycle(transfer.data)
             case m.HashRequest():
                 async with saying_that_it_lives(link):
                     hashes = await trio.to_thread.run_sync(_hash, replica, event, seed)
@@ -365,10 +364,14 @@ def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:
         return m.Aborted(asked.token)
 
 
-def _store_data(replica: Replica, data: m.Data) -> None:
-    # Invariant: nothing is written that is not what the sender read.
-    data.verify()
-    replica.write(data.disk, data.offset, data.data, data.digest)
+def _store(replica: Replica, transfers: Sequence[m.Data | m.Zero]) -> None:
+    for transfer in transfers:
+        if isinstance(transfer, m.Zero):
+            replica.zero(transfer.disk, transfer.offset, transfer.length)
+            continue
+        # Invariant: nothing is written that is not what the sender read.
+        transfer.verify()
+        replica.write(transfer.disk, transfer.offset, transfer.data, transfer.digest)
 
 
 def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:

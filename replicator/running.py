@@ -30,5 +30,7 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """One error out of a nursery's group."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+        # Who is cancelled is so because of another's error, where there is one.
+        errors = [e for e in error.exceptions if not isinstance(e, trio.Cancelled)]
+        error = (errors or error.exceptions)[0]
     return error

@@ -2,23 +2,30 @@
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import islice
 from typing import Literal
 
 import trio
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.extents import allocated_bytes, data_extents
+from fusedisk.extents import allocated_bytes
 from fusedisk.replicas import Sent
 from replicator import messages as m
+from replicator.batches import Batch, BatchReader, Unread
 from replicator.lineage import holds_base
 from replicator.link import Link, say_last
 from replicator.progress import Progress
 from replicator.rates import Rates
+from replicator.running import first_error
 from replicator.source import Source
-from replicator.transfers import TransferDigest, differing, pieces, read_transfers
+from replicator.transfers import TransferDigest, differing
 
 _ANSWER_SECONDS_MAX = 60.0
+_HASHES_AHEAD = 8
+_REREAD_SECONDS_MIN, _REREAD_SECONDS_MAX = 0.5, 30.0
+_REREAD_PING_SECONDS = 5.0
 
 
 class Session:
@@ -39,6 +46,9 @@ class Session:
         self._sent = sent
         self._rates = rates or Rates()
         self._working_since = trio.current_time()
+        self._reader = BatchReader(source)
+        self._unread: list[Unread] = []
+        self._answers: deque[m.Hashes] = deque()
         self.seed = secrets.randbits(63)
         self._digest = TransferDigest()
         self.progress = progress
@@ -50,6 +60,8 @@ class Session:
         self._closing: tuple[int, float] | None = None
         self.cause: str | None = None
         self.on_phase: Callable[[str], None] = lambda _: None
+        self.on_unread: Callable[[list[Unread]], None] = lambda _: None
+        """Told what a pass lacks because it cannot be read, and at last that it lacks nothing."""
         self.held: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         """Awaited before each piece of work; returns at once unless replication is paused."""
 
@@ -120,6 +132,8 @@ class Session:
             await self._link.send(m.Ping(nonce))
             while True:
                 event = await self._link.receive_soon()
+                if isinstance(event, m.Hashes):
+                    self._answers.append(event)
                 if isinstance(event, m.Pong) and event.nonce == nonce:
                     return
                 if isinstance(event, m.Failed | m.Bye):
@@ -139,8 +153,11 @@ class Session:
 
     async def take_hashes(self, disk: int, offset: int, length: int) -> list[m.Segment]:
         """The second half of `hashes`, for the range asked for first."""
-        with trio.fail_after(_ANSWER_SECONDS_MAX):
-            answer = await self._link.expect(m.Hashes)
+        if self._answers:
+            answer = self._answers.popleft()
+        else:
+            with trio.fail_after(_ANSWER_SECONDS_MAX):
+                answer = await self._link.expect(m.Hashes)
         if (answer.disk, answer.offset, answer.length) != (disk, offset, length):
             raise m.RemoteProtocolError("peer hashed another range")
         return answer.segments
@@ -159,8 +176,8 @@ class Session:
             [allocated_bytes(fd, d.size) for fd, d in zip(self._source.fds, disks, strict=True)],
         )
         await self._begin(epoch, "fill")
-        for disk, fd in enumerate(self._source.fds):
-            extents = data_extents(fd, 0, disks[disk].size)
+        for disk in range(len(disks)):
+            extents = self._source.data_extents(disk, 0, disks[disk].size)
             await self._send_ranges(disk, ((o, o + n) for o, n in extents), holes=False)
         await self._commit(epoch)
 
@@ -171,14 +188,26 @@ class Session:
         disks = self._source.record.disks
         self.progress.begin("compare", [d.size for d in disks])
         await self._begin(epoch, "compare")
-        for disk, fd in enumerate(self._source.fds):
-            for offset in range(0, disks[disk].size, m.HASH_LENGTH_MAX):
-                await self.held()
-                length = min(m.HASH_LENGTH_MAX, disks[disk].size - offset)
-                segments = await self.hashes(disk, offset, length)
-                ranges = await trio.to_thread.run_sync(differing, fd, segments, self.seed)
-                await self._send_ranges(disk, ranges, holes=True, count=False)
-                self._advance(disk, length)
+        asking = (
+            (disk, offset, min(m.HASH_LENGTH_MAX, d.size - offset))
+            for disk, d in enumerate(disks)
+            for offset in range(0, d.size, m.HASH_LENGTH_MAX)
+        )
+        # Several at a time: the target hashes while we do, and the link's delay is waited for once.
+        asked = deque(islice(asking, _HASHES_AHEAD))
+        await self._link.send(*(m.HashRequest(*one) for one in asked))
+        while asked:
+            await self.held()
+            for one in islice(asking, 1):
+                asked.append(one)
+                await self._link.send(m.HashRequest(*one))
+            disk, offset, length = asked.popleft()
+            segments = await self.take_hashes(disk, offset, length)
+            ranges = await trio.to_thread.run_sync(
+                differing, self._source, disk, segments, self.seed
+            )
+            await self._send_ranges(disk, ranges, holes=True, count=False)
+            self._advance(disk, length)
         await self._commit(epoch)
 
     async def _close_epoch(self) -> int:
@@ -195,10 +224,13 @@ class Session:
 
     async def _begin(self, epoch: int, kind: str) -> None:
         self._digest = TransferDigest()
+        self._unread = []
         self._working_since = trio.current_time()
         await self._link.send(m.Begin(epoch, kind))  # type: ignore[arg-type]
 
     async def _commit(self, epoch: int) -> None:
+        # Invariant: an epoch is not committed while anything of it could not be read.
+        await self._read_again()
         generation = self._source.record.generation
         begun = trio.current_time()
         await self._link.send(m.Commit(generation, epoch, self._digest.count, self._digest.value()))
@@ -213,36 +245,54 @@ class Session:
             self.closed_at = self._closing[1]
         self.progress.finish()
 
+    async def _read_again(self) -> None:
+        delay = _REREAD_SECONDS_MIN
+        while self._unread:
+            unread, self._unread = self._unread, []
+            self.on_unread(unread)
+            until = trio.current_time() + delay
+            while trio.current_time() < until:
+                await self.held()
+                await self.ping()
+                left = max(0.0, until - trio.current_time())
+                await trio.sleep(min(left, _REREAD_PING_SECONDS))
+            delay = min(2 * delay, _REREAD_SECONDS_MAX)
+            for one in unread:
+                # What is a hole by now may have been data when it was sent before.
+                await self._send_ranges(one.disk, [(one.start, one.end)], holes=True, count=False)
+            if not self._unread:
+                self.on_unread([])
+
     async def _send_ranges(
         self,
         disk: int,
-        ranges: Iterator[tuple[int, int]] | list[tuple[int, int]],
+        ranges: Iterable[tuple[int, int]],
         *,
         holes: bool,
         count: bool = True,
     ) -> None:
-        fd = self._source.fds[disk]
-        for start, end in ranges:
-            for offset, length, data in pieces(fd, start, end):
-                await self.held()
-                if data:
-                    transfers = await trio.to_thread.run_sync(
-                        read_transfers, fd, disk, offset, length
-                    )
-                else:
-                    transfers = [m.Zero(disk, offset, length)]
-                for transfer in transfers:
-                    await self._send_transfer(transfer, holes=holes)
-                if count:
-                    self._advance(disk, length)
+        try:
+            async with self._reader.reading(disk, ranges) as batches:
+                async for batch in batches:
+                    await self.held()
+                    await self._send_batch(batch, holes=holes)
+                    if count:
+                        self._advance(disk, batch.covered)
+                    self._reader.give_back(batch)
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
 
-    async def _send_transfer(self, transfer: m.Data | m.Zero, *, holes: bool) -> None:
-        if isinstance(transfer, m.Zero):
-            self._sent.zero_bytes += transfer.length
-            if not holes:
-                # A new target is one hole.
-                return
-        else:
-            self._sent.data_bytes += len(transfer.data)
-        self._digest.add(transfer)
-        await self._link.send(transfer)
+    async def _send_batch(self, batch: Batch, *, holes: bool) -> None:
+        going: list[m.Event] = []
+        for transfer in batch.transfers:
+            if isinstance(transfer, m.Zero):
+                self._sent.zero_bytes += transfer.length
+                if not holes:
+                    # A new target is one hole.
+                    continue
+            else:
+                self._sent.data_bytes += len(transfer.data)
+            self._digest.add(transfer)
+            going.append(transfer)
+        await self._link.send(*going)
+        self._unread += batch.unread

@@ -5,13 +5,13 @@ somebody is there. So `listen` reads throughout: it answers a Ping itself and qu
 whoever waits in `receive`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.replicas import Sent
-from replicator.link import Link, LinkLost, raise_failed
+from replicator.link import Buffer, Link, LinkLost, raise_failed
 from replicator.messages import (
     Bye,
     Event,
@@ -89,11 +89,11 @@ class SenderLink(Link):
             self.raise_ended()
             raise LinkLost("the connection was lost") from None
 
-    async def send(self, event: Event) -> None:
+    async def send(self, *events: Event) -> None:
         """Raises why the conversation ended, where the peer said so: Refused or LinkLost."""
         self.raise_ended()
         try:
-            await super().send(event)
+            await super().send(*events)
         except (LinkLost, LocalProtocolError):
             # The peer's reason may be waiting to be read.
             with trio.move_on_after(_LAST_WORD_SECONDS_MAX):
@@ -112,12 +112,17 @@ class SenderLink(Link):
         if self._failure is not None:
             raise self._failure
 
-    async def _write(self, buffer: bytes | memoryview) -> None:
-        view = memoryview(buffer)
-        while view:
-            await self._pace.ready()
-            piece = view[: self._pace.bucket.slice_bytes]
-            await self._put(piece)
-            self._pace.bucket.spend(len(piece))
-            self._sent.bytes += len(piece)
-            view = view[len(piece) :]
+    async def _write(self, buffers: Sequence[Buffer]) -> None:
+        if self._pace.bucket.rate is None:
+            await self._put(buffers)
+            self._sent.bytes += sum(len(buffer) for buffer in buffers)
+            return
+        for buffer in buffers:
+            view = memoryview(buffer)
+            while view:
+                await self._pace.ready()
+                piece = view[: self._pace.bucket.slice_bytes]
+                await self._put([piece])
+                self._pace.bucket.spend(len(piece))
+                self._sent.bytes += len(piece)
+                view = view[len(piece) :]

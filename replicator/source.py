@@ -1,12 +1,15 @@
 """The sender's view of a mount: its images, its change maps, and the epoch counter."""
 
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import trio
 
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.errors import FuseDiskError
+from fusedisk.extents import data_extents
 from fusedisk.image import keep_pages_small
 from fusedisk.mounting import find_state
 from fusedisk.replicas import Lag, lag_since
@@ -66,6 +69,18 @@ class Source:
                 raise FuseDiskError("the mount is gone; mount it again and start again")
             await trio.sleep(_QUIET_POLL_SECONDS)
         return epoch
+
+    def data_extents(self, disk: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of each run of data of a disk in a range. Raises OSError."""
+        return data_extents(self.fds[disk], start, end)
+
+    def read(self, disk: int, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer from a byte of a disk; a thread's work. Raises OSError."""
+        while buffer:
+            count = os.preadv(self.fds[disk], [buffer], offset)
+            if count == 0:
+                raise OSError(errno.EIO, f"the image ends at byte {offset}, before its size")
+            buffer, offset = buffer[count:], offset + count
 
     def lag(self, since: int) -> Lag:
         """What was written to all disks after epoch ``since``."""

@@ -1,12 +1,18 @@
 """What crosses the wire for a range of a disk: data, or runs of zeros, and a digest over a pass."""
 
-import os
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import xxhash
 
-from fusedisk.extents import data_extents
-from replicator.messages import DATA_BYTES_MAX, HASH_BLOCK_BYTES, Data, Segment, Zero
+from replicator.messages import (
+    DATA_BYTES_MAX,
+    DIGEST_BYTES,
+    HASH_BLOCK_BYTES,
+    Data,
+    Segment,
+    Zero,
+)
 
 ZERO_BLOCK_BYTES = 4096
 _ZEROS = bytes(ZERO_BLOCK_BYTES)
@@ -33,10 +39,20 @@ class TransferDigest:
         return self._hash.digest()
 
 
-def pieces(fd: int, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+class Readable(Protocol):
+    """What transfers are read from, which is a Source or stands in for one."""
+
+    def data_extents(self, disk: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of each run of data in a range. Raises OSError."""
+
+    def read(self, disk: int, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer from a byte of a disk. Raises OSError."""
+
+
+def pieces(source: Readable, disk: int, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
     """(offset, length, is data) covering [start, end); data at most DATA_BYTES_MAX bytes each."""
     position = start
-    for offset, length in data_extents(fd, start, end):
+    for offset, length in source.data_extents(disk, start, end):
         if offset > position:
             yield position, offset - position, False
         for at in range(offset, offset + length, DATA_BYTES_MAX):
@@ -46,46 +62,50 @@ def pieces(fd: int, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         yield position, end - position, False
 
 
-def read_transfers(fd: int, disk: int, offset: int, length: int) -> list[Data | Zero]:
-    """Read a piece of at most DATA_BYTES_MAX bytes; blocks of 4 KiB that are zero become runs.
+def read_transfers(source: Readable, disk: int, offset: int, view: memoryview) -> list[Data | Zero]:
+    """Read a piece into ``view``, at most DATA_BYTES_MAX; blocks of 4 KiB of zeros become runs.
 
-    Raises OSError when the image cannot be read or ended early.
+    The transfers refer to the view. Raises OSError.
     """
-    data = os.pread(fd, length, offset)
-    if len(data) != length:
-        raise OSError(f"the image ended at {offset + len(data)}, before its size")
-    view = memoryview(data)
-    result: list[Data | Zero] = []
-    for first, last, zero in _zero_runs(data):
-        if zero:
-            result.append(Zero(disk, offset + first, last - first))
-        else:
-            result.append(Data.of(disk, offset + first, view[first:last]))
-    return result
+    source.read(disk, view, offset)
+    return [
+        Zero(disk, offset + first, last - first)
+        if zero
+        else Data.of(disk, offset + first, view[first:last])
+        for first, last, zero in _zero_runs(view)
+    ]
 
 
-def _zero_runs(data: bytes) -> Iterator[tuple[int, int, bool]]:
+def _zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
     start, kind = 0, None
-    for at in range(0, len(data), ZERO_BLOCK_BYTES):
-        whole = at + ZERO_BLOCK_BYTES <= len(data)
-        zero = data.startswith(_ZEROS, at) if whole else not any(data[at:])
+    for at in range(0, len(view), ZERO_BLOCK_BYTES):
+        # Most blocks differ from zero in their first byte.
+        block = view[at : at + ZERO_BLOCK_BYTES]
+        zero = not block[0] and bytes(block) == _ZEROS[: len(block)]
         if kind is not None and zero != kind:
             yield start, at, kind
             start = at
         kind = zero
     if kind is not None:
-        yield start, len(data), kind
+        yield start, len(view), kind
 
 
-def differing(fd: int, segments: Sequence[Segment], seed: int) -> list[tuple[int, int]]:
-    """Ranges (start, end) of a source whose content is not what the target hashed."""
+def differing(
+    source: Readable, disk: int, segments: Sequence[Segment], seed: int
+) -> list[tuple[int, int]]:
+    """Ranges (start, end) of a source whose content is not what the target hashed.
+
+    A range that cannot be read counts as differing.
+    """
     ranges: list[tuple[int, int]] = []
+    found: Iterator[tuple[int, int]]
     for segment in segments:
         if segment.zero:
             end = segment.offset + segment.length
-            found = [(o, o + n) for o, n in data_extents(fd, segment.offset, end)]
+            extents = source.data_extents(disk, segment.offset, end)
+            found = ((o, o + n) for o, n in extents)
         else:
-            found = _differing_blocks(fd, segment, seed)
+            found = _differing_blocks(source, disk, segment, seed)
         for start, end in found:
             if ranges and ranges[-1][1] == start:
                 ranges[-1] = (ranges[-1][0], end)
@@ -94,12 +114,24 @@ def differing(fd: int, segments: Sequence[Segment], seed: int) -> list[tuple[int
     return ranges
 
 
-def _differing_blocks(fd: int, segment: Segment, seed: int) -> list[tuple[int, int]]:
-    found = []
-    for index in range(0, len(segment.digests) // 16):
-        offset = segment.offset + index * HASH_BLOCK_BYTES
-        length = min(HASH_BLOCK_BYTES, segment.offset + segment.length - offset)
-        data = os.pread(fd, length, offset)
-        if xxhash.xxh3_128_digest(data, seed) != segment.digests[index * 16 : index * 16 + 16]:
-            found.append((offset, offset + length))
-    return found
+def _differing_blocks(
+    source: Readable, disk: int, segment: Segment, seed: int
+) -> Iterator[tuple[int, int]]:
+    buffer = memoryview(bytearray(min(DATA_BYTES_MAX, segment.length)))
+    end = segment.offset + segment.length
+    index = 0
+    for base in range(segment.offset, end, DATA_BYTES_MAX):
+        view = buffer[: min(DATA_BYTES_MAX, end - base)]
+        try:
+            source.read(disk, view, base)
+        except OSError:
+            # Whoever sends the range reads it again, and says what is wrong.
+            yield base, base + len(view)
+            index += -(-len(view) // HASH_BLOCK_BYTES)
+            continue
+        for at in range(0, len(view), HASH_BLOCK_BYTES):
+            block = view[at : at + HASH_BLOCK_BYTES]
+            expected = segment.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+            if xxhash.xxh3_128_digest(block, seed) != expected:
+                yield base + at, base + at + len(block)
+            index += 1

@@ -186,6 +186,10 @@ class Connection:
             self._error = str(error)
             raise
 
+    def recycle(self, data: memoryview) -> None:
+        """Use the buffer of a Data's bytes again, which nobody may look at any more."""
+        self._reader.recycle(data)
+
     def receive_data(self, data: Buffer) -> list[Event]:
         """Copy bytes in, however they are split, and return the events they complete.
 

@@ -1,0 +1,117 @@
+"""Reading ahead of what is sent: the next batch is read and hashed while the one before goes out.
+
+A batch is up to 4 MiB of transfers, read in one go on a thread: to change threads costs more than
+to hash a megabyte. There are never more than three, one being read, one waiting and one being sent.
+What could not be read is left out of the batch and named in it.
+"""
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from replicator.messages import DATA_BYTES_MAX, Data, Zero
+from replicator.transfers import Readable, pieces, read_transfers
+
+_BATCH_BYTES = 4 << 20
+_PIECES_MAX = 256
+# Where a read fails, it is tried again in parts of this size, so that little is left out.
+_RETRY_BYTES = 64 << 10
+
+
+@dataclass
+class Unread:
+    """A range of a disk that could not be read, and why."""
+
+    disk: int
+    start: int
+    end: int
+    error: OSError
+
+
+def describe(unread: Sequence[Unread], paths: Sequence[str]) -> str:
+    """One line for a person: what cannot be read, and what becomes of it."""
+    first, size = unread[0], sum(one.end - one.start for one in unread)
+    return (
+        f"cannot read {size} bytes of the source, the first at byte {first.start} of "
+        f"{paths[first.disk]}: {first.error.strerror or first.error}; the rest was sent, and the "
+        "epoch is committed once these can be read"
+    )
+
+
+@dataclass
+class Batch:
+    """Transfers in order, whose data lies in ``buffer``; ``covered`` bytes of disk."""
+
+    buffer: bytearray
+    covered: int = 0
+    transfers: list[Data | Zero] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+
+
+class BatchReader:
+    """Reads batches from a source, in buffers that it uses again."""
+
+    def __init__(self, source: Readable) -> None:
+        self._source = source
+        self._spare: list[bytearray] = []
+
+    def give_back(self, batch: Batch) -> None:
+        """Use a batch's buffer again; its transfers are void."""
+        batch.transfers.clear()
+        self._spare.append(batch.buffer)
+
+    @asynccontextmanager
+    async def reading(
+        self, disk: int, ranges: Iterable[tuple[int, int]]
+    ) -> AsyncIterator[trio.MemoryReceiveChannel[Batch]]:
+        """Batches that cover ranges (start, end) of a disk, in order.
+
+        The block's errors come out in a group, as from a nursery.
+        """
+        parts = (piece for start, end in ranges for piece in pieces(self._source, disk, start, end))
+        send, receive = trio.open_memory_channel[Batch](1)
+        async with trio.open_nursery() as nursery, receive:
+            nursery.start_soon(self._read_all, disk, parts, send)
+            yield receive
+            nursery.cancel_scope.cancel()
+
+    async def _read_all(
+        self,
+        disk: int,
+        parts: Iterator[tuple[int, int, bool]],
+        send: trio.MemorySendChannel[Batch],
+    ) -> None:
+        async with send:
+            while True:
+                buffer = self._spare.pop() if self._spare else bytearray(_BATCH_BYTES)
+                batch = await trio.to_thread.run_sync(self._read, disk, parts, buffer)
+                if not batch.covered:
+                    self.give_back(batch)
+                    return
+                await send.send(batch)
+
+    def _read(self, disk: int, parts: Iterator[tuple[int, int, bool]], buffer: bytearray) -> Batch:
+        batch = Batch(buffer)
+        view, used = memoryview(buffer), 0
+        for count, (offset, length, is_data) in enumerate(parts, 1):
+            batch.covered += length
+            if is_data:
+                used += self._read_piece(batch, disk, offset, view[used : used + length])
+            else:
+                batch.transfers.append(Zero(disk, offset, length))
+            if used > _BATCH_BYTES - DATA_BYTES_MAX or count == _PIECES_MAX:
+                break
+        return batch
+
+    def _read_piece(self, batch: Batch, disk: int, offset: int, view: memoryview) -> int:
+        try:
+            batch.transfers += read_transfers(self._source, disk, offset, view)
+        except OSError as error:
+            if len(view) <= _RETRY_BYTES:
+                batch.unread.append(Unread(disk, offset, offset + len(view), error))
+                return len(view)
+            for at in range(0, len(view), _RETRY_BYTES):
+                self._read_piece(batch, disk, offset + at, view[at : at + _RETRY_BYTES])
+        return len(view)
