@@ -8,6 +8,8 @@ Which combinations there are:
 state       epoch  journal  applying   the images are
 filling     None   -        no         as created or adopted
 filling     None   -        yes        on the way to the first point, or a mixture after damage
+filling     E      -        no         a copy of no single instant, with everything written up to E
+filling     E      -        yes        on the way from there to the first point
 promoted    None   -        no         their guest's, who was given no whole point, by force
 following   E      -        no         the state of the disks at E
 following   E      yes      yes        on the way from E to the journal's point; the journal decides
@@ -179,7 +181,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 def _contradiction(manifest: Manifest) -> str | None:
     if (manifest.generation is None) != (manifest.epoch is None):
         return "generation and epoch must be there together"
-    if manifest.state != "promoted" and (manifest.state == "filling") != (manifest.epoch is None):
+    if manifest.state == "following" and manifest.epoch is None:
         return f"state {manifest.state} with epoch {manifest.epoch}"
     if (manifest.state == "promoted") != (manifest.token is not None):
         return "a token belongs to a promoted replica, and only to one"

@@ -172,12 +172,17 @@ class Hashes(Message, frozen=True):
 
 
 class Commit(Message, frozen=True):
-    """The pass is complete: how many transfers it had, and a digest over them."""
+    """The pass is complete: how many transfers it had, and a digest over them.
+
+    `consistent`: with it the disks are as they were at one instant, the end of that epoch. A first
+    fill reads them while they change, so it is not.
+    """
 
     generation: Ident
     epoch: Count
     transfers: Count
     digest: Annotated[bytes, Meta(max_length=64)]
+    consistent: bool = True
 
 
 class Committed(Message, frozen=True):

@@ -314,7 +314,7 @@ async def _work(
                 if (event.transfers, event.digest) != (digest.count, digest.value()):
                     raise m.RemoteProtocolError("the pass is not the one that was sent")
                 async with saying_that_it_lives(link):
-                    await trio.to_thread.run_sync(replica.commit, event.generation, event.epoch)
+                    await trio.to_thread.run_sync(_commit, replica, event)
                 await link.send(m.Committed(event.generation, event.epoch))
                 # Beside the next pass; commit, promote and hashes wait for it.
                 nursery.start_soon(trio.to_thread.run_sync, replica.apply)
@@ -362,6 +362,10 @@ def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:
         # Invariant: the token is void durably before the source may write again.
         replica.abort(asked.token)
         return m.Aborted(asked.token)
+
+
+def _commit(replica: Replica, pass_: m.Commit) -> None:
+    replica.commit(pass_.generation, pass_.epoch, consistent=pass_.consistent)
 
 
 def _store(replica: Replica, transfers: Sequence[m.Data | m.Zero]) -> None:

@@ -313,8 +313,13 @@ class Replica:
             with clear_errors(f"cannot begin a journal for replica {self.name!r}"):
                 self._receiving = JournalWriter(self._files, self._directory, slot, header)
 
-    def commit(self, generation: str, epoch: int, now: float | None = None) -> None:
+    def commit(
+        self, generation: str, epoch: int, now: float | None = None, *, consistent: bool = True
+    ) -> None:
         """Make the pass durable and record it as the replica's point; call `apply` then.
+
+        Before the first point a pass may be no state that the disks ever had (not `consistent`): it
+        is recorded as the base of the next one, and the replica goes on to count as filling.
 
         `now` is the time recorded with it, in Unix seconds; default: the clock's.
 
@@ -328,6 +333,9 @@ class Replica:
             self._require_changeable()
             last = self._manifest
             now = time.time() if now is None else now
+            if not consistent and last.state != "filling":
+                # Invariant: the images at rest are always a state that the disks had.
+                raise FuseDiskError(f"replica {self.name!r} takes only passes of one instant")
             if last.generation == generation and last.epoch is not None and epoch < last.epoch:
                 raise FuseDiskError(
                     f"replica {self.name!r} holds epoch {last.epoch} and cannot go back to "
@@ -349,6 +357,12 @@ class Replica:
             self._drop_pass()
             if last.state == "filling":
                 self._sync_images()
+            if not consistent:
+                based = msgspec.structs.replace(
+                    last, generation=generation, epoch=epoch, applying=False
+                )
+                self._record(based)
+                return
             self._record(
                 msgspec.structs.replace(
                     last,

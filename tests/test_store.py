@@ -328,3 +328,24 @@ def test_names() -> None:
     for bad in ("", ".", "..", "a/b", "a\0", "a\n", ".fusedisk", ".fusedisk2", "é" * 101, "\udc80"):
         with pytest.raises(FuseDiskError, match="disk name"):
             check_disk_name(bad)
+
+
+def test_a_fill_that_is_no_instant_is_no_point_and_is_not_promoted(tmp_path: Path) -> None:
+    with Store(tmp_path) as store, Replica.open(store, "vm", "src", DISKS) as replica:
+        replica.begin(5)
+        replica.write(0, 0, b"x")
+        replica.commit("gen", 5, consistent=False)
+        assert (replica.manifest.state, replica.manifest.epoch) == ("filling", 5)
+        assert replica.manifest.points == []
+        with pytest.raises(FuseDiskError, match="first fill"):
+            replica.promote("token", 5)
+    with Store(tmp_path) as store, Replica.open(store, "vm", "src", DISKS) as replica:
+        # Known after a restart: the next pass goes on from there.
+        assert replica.manifest.committed == ("gen", 5)
+        replica.begin(6)
+        replica.commit("gen", 6)
+        assert (replica.manifest.state, len(replica.manifest.points)) == ("following", 1)
+        replica.begin(7)
+        replica.write(0, 0, b"y")
+        with pytest.raises(FuseDiskError, match="one instant"):
+            replica.commit("gen", 7, consistent=False)

@@ -1,0 +1,121 @@
+"""What a pass reads: the chunks of a closed epoch as they were when it was closed."""
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import trio
+
+from fusedisk.capture import Capture, NoCapture
+from fusedisk.errors import FuseDiskError
+from replicator.source import Source
+
+SPILL_BYTES_MAX = 1 << 30
+"""Room for copies of chunks that the guest overwrites before they are read."""
+
+_CLOSED_POLL_SECONDS = 0.001
+_PLACE_POLL_SECONDS = 0.1
+
+
+class CapturedSource:
+    """The disks of a source at the end of an epoch; stands in for the Source that is read from.
+
+    What is read is to be believed only while :attr:`intact` is true afterwards. Read it in the
+    order of disks and offsets, and only what :meth:`ranges` gives.
+    """
+
+    def __init__(self, source: Source, capture: Capture) -> None:
+        self._source, self._capture = source, capture
+        self.epoch = capture.epoch
+
+    @property
+    def intact(self) -> bool:
+        """Whether the capture was not given up."""
+        return self._capture.intact
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of copies that the guest's writing has made necessary."""
+        return self._capture.spilled_bytes
+
+    def ranges(self, disk: int) -> list[tuple[int, int]]:
+        """(start, end) of what the capture has of a disk, in bytes. A thread's work."""
+        changes, size = self._source.maps[disk], self._source.record.disks[disk].size
+        chunk = changes.chunk_size
+        return [
+            (first * chunk, min((first + count) * chunk, size))
+            for first, count in self._capture.runs(changes, disk)
+        ]
+
+    def data_extents(self, disk: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of each run that may hold data. Raises OSError."""
+        changes = self._source.maps[disk]
+        size = changes.chunk_size
+        extents = list(self._source.data_extents(disk, start, end))
+        # Looked at after the holes: what was written since may have been data, or a hole, before.
+        first, last = start // size, -(-end // size)
+        newer = changes.newer(first, last - first, self.epoch)
+        extents += [
+            (max(start, chunk * size), min(end, (chunk + 1) * size) - max(start, chunk * size))
+            for chunk in newer
+        ]
+        yield from _united(sorted(extents))
+
+    def read(self, disk: int, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer from a byte of a disk; a thread's work. Raises OSError."""
+        image = self._source.fds[disk]
+        self._capture.fill(self._source.maps[disk], disk, image, buffer, offset)
+
+    def __enter__(self) -> "CapturedSource":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._capture.close()
+
+
+def _united(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    begun, reached = 0, 0
+    for offset, length in extents:
+        if reached and offset <= reached:
+            reached = max(reached, offset + length)
+            continue
+        if reached:
+            yield begun, reached - begun
+        begun, reached = offset, offset + length
+    if reached:
+        yield begun, reached - begun
+
+
+async def capture(source: Source, since: int) -> CapturedSource:
+    """Close the epoch and capture what was written after epoch ``since`` up to its end.
+
+    Waits for a place where too many captures are open. Raises FuseDiskError when the mount is gone.
+    """
+    while True:
+        try:
+            opened = Capture(
+                str(source.state),
+                source.control,
+                since,
+                SPILL_BYTES_MAX,
+                source.record.disks[0].chunk_size,
+            )
+            break
+        except NoCapture:
+            await trio.sleep(_PLACE_POLL_SECONDS)
+    try:
+        while not opened.closed():
+            if not source.mounted:
+                raise FuseDiskError("the mount is gone; mount it again and start again")
+            await trio.sleep(_CLOSED_POLL_SECONDS)
+        # Invariant: an epoch is closed for this very mount: the next one would give it out again.
+        if not source.mounted:
+            raise FuseDiskError("the mount is gone; mount it again and start again")
+    except BaseException:
+        opened.close()
+        raise
+    return CapturedSource(source, opened)
