@@ -64,21 +64,23 @@ class BatchReader:
 
     @asynccontextmanager
     async def reading(
-        self, disk: int, ranges: Iterable[tuple[int, int]]
+        self, disk: int, ranges: Iterable[tuple[int, int]], readable: Readable | None = None
     ) -> AsyncIterator[trio.MemoryReceiveChannel[Batch]]:
-        """Batches that cover ranges (start, end) of a disk, in order.
+        """Batches that cover ranges (start, end) of a disk, in order; of ``readable`` if given.
 
         The block's errors come out in a group, as from a nursery.
         """
-        parts = (piece for start, end in ranges for piece in pieces(self._source, disk, start, end))
+        source = readable or self._source
+        parts = (piece for start, end in ranges for piece in pieces(source, disk, start, end))
         send, receive = trio.open_memory_channel[Batch](1)
         async with trio.open_nursery() as nursery, receive:
-            nursery.start_soon(self._read_all, disk, parts, send)
+            nursery.start_soon(self._read_all, source, disk, parts, send)
             yield receive
             nursery.cancel_scope.cancel()
 
     async def _read_all(
         self,
+        source: Readable,
         disk: int,
         parts: Iterator[tuple[int, int, bool]],
         send: trio.MemorySendChannel[Batch],
@@ -86,32 +88,36 @@ class BatchReader:
         async with send:
             while True:
                 buffer = self._spare.pop() if self._spare else bytearray(_BATCH_BYTES)
-                batch = await trio.to_thread.run_sync(self._read, disk, parts, buffer)
+                batch = await trio.to_thread.run_sync(_read, source, disk, parts, buffer)
                 if not batch.covered:
                     self.give_back(batch)
                     return
                 await send.send(batch)
 
-    def _read(self, disk: int, parts: Iterator[tuple[int, int, bool]], buffer: bytearray) -> Batch:
-        batch = Batch(buffer)
-        view, used = memoryview(buffer), 0
-        for count, (offset, length, is_data) in enumerate(parts, 1):
-            batch.covered += length
-            if is_data:
-                used += self._read_piece(batch, disk, offset, view[used : used + length])
-            else:
-                batch.transfers.append(Zero(disk, offset, length))
-            if used > _BATCH_BYTES - DATA_BYTES_MAX or count == _PIECES_MAX:
-                break
-        return batch
 
-    def _read_piece(self, batch: Batch, disk: int, offset: int, view: memoryview) -> int:
-        try:
-            batch.transfers += read_transfers(self._source, disk, offset, view)
-        except OSError as error:
-            if len(view) <= _RETRY_BYTES:
-                batch.unread.append(Unread(disk, offset, offset + len(view), error))
-                return len(view)
-            for at in range(0, len(view), _RETRY_BYTES):
-                self._read_piece(batch, disk, offset + at, view[at : at + _RETRY_BYTES])
-        return len(view)
+def _read(
+    source: Readable, disk: int, parts: Iterator[tuple[int, int, bool]], buffer: bytearray
+) -> Batch:
+    batch = Batch(buffer)
+    view, used = memoryview(buffer), 0
+    for count, (offset, length, is_data) in enumerate(parts, 1):
+        batch.covered += length
+        if is_data:
+            used += _read_piece(batch, source, disk, offset, view[used : used + length])
+        else:
+            batch.transfers.append(Zero(disk, offset, length))
+        if used > _BATCH_BYTES - DATA_BYTES_MAX or count == _PIECES_MAX:
+            break
+    return batch
+
+
+def _read_piece(batch: Batch, source: Readable, disk: int, offset: int, view: memoryview) -> int:
+    try:
+        batch.transfers += read_transfers(source, disk, offset, view)
+    except OSError as error:
+        if len(view) <= _RETRY_BYTES:
+            batch.unread.append(Unread(disk, offset, offset + len(view), error))
+            return len(view)
+        for at in range(0, len(view), _RETRY_BYTES):
+            _read_piece(batch, source, disk, offset + at, view[at : at + _RETRY_BYTES])
+    return len(view)

@@ -1,5 +1,6 @@
 """One session of the sending end: handshake, compare or fill, then epoch after epoch."""
 
+import logging
 import secrets
 import time
 from collections import deque
@@ -14,13 +15,16 @@ from fusedisk.extents import allocated_bytes
 from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.batches import Batch, BatchReader, Unread
+from replicator.captured import CapturedSource, capture
 from replicator.lineage import holds_base
 from replicator.link import Link, say_last
 from replicator.progress import Progress
 from replicator.rates import Rates
 from replicator.running import first_error
 from replicator.source import Source
-from replicator.transfers import TransferDigest, differing
+from replicator.transfers import Readable, TransferDigest, differing
+
+log = logging.getLogger("replicator.sender")
 
 _ANSWER_SECONDS_MAX = 60.0
 _HASHES_AHEAD = 8
@@ -59,6 +63,8 @@ class Session:
         """How long the target took to answer the last commit."""
         self._closing: tuple[int, float] | None = None
         self.cause: str | None = None
+        self.captured: CapturedSource | None = None
+        self._instants_only = False
         self.on_phase: Callable[[str], None] = lambda _: None
         self.on_unread: Callable[[list[Unread]], None] = lambda _: None
         """Told what a pass lacks because it cannot be read, and at last that it lacks nothing."""
@@ -91,6 +97,7 @@ class Session:
 
         A target with a history that is not ours is compared by hash; nothing is believed.
         """
+        self._instants_only = opened.state == "following"
         if opened.state == "new":
             await self._fill()
         elif opened.generation == self._source.record.generation and opened.epoch is not None:
@@ -111,19 +118,46 @@ class Session:
                 else "what the target holds is not known"
             )
             await self._compare()
+        if not self._instants_only:
+            # What the target has is of no single instant yet.
+            await self.next_pass()
 
     async def next_pass(self) -> None:
-        """Close an epoch and send what changed since the committed one."""
+        """Close an epoch and send what changed since the committed one, as it was at that instant.
+
+        Raises FuseDiskError when the mount is gone.
+        """
         assert self.committed is not None
-        since = self.committed
-        epoch = await self._close_epoch()
-        totals = await trio.to_thread.run_sync(self._source.changed_bytes, since)
-        self.progress.begin("pass", totals)
-        await self._begin(epoch, "pass")
-        for disk in range(len(totals)):
-            ranges = await trio.to_thread.run_sync(self._source.changed_ranges, disk, since)
-            await self._send_ranges(disk, ranges, holes=True)
-        await self._commit(epoch)
+        await self._begin(self._source.control.epoch, "pass")
+        await self._commit(await self._send_instant(self.committed))
+
+    async def _send_instant(self, since: int) -> int:
+        """Send what changed after epoch ``since`` up to one instant; return its epoch.
+
+        Where the guest overwrites more than the spill holds before it was read, the capture is
+        given up: what was sent of it is a base, and only what changed meanwhile is captured next.
+        """
+        disks = range(len(self._source.fds))
+        while True:
+            before = time.time()
+            with await capture(self._source, since) as captured:
+                self._closing = captured.epoch, before
+                self.captured = captured
+                try:
+                    ranges = [await trio.to_thread.run_sync(captured.ranges, d) for d in disks]
+                    totals = [sum(end - start for start, end in of_disk) for of_disk in ranges]
+                    self.progress.begin("pass", totals)
+                    for disk in disks:
+                        await self._send_ranges(disk, ranges[disk], holes=True, readable=captured)
+                finally:
+                    self.captured = None
+                if captured.intact and not self._unread:
+                    return captured.epoch
+                reason = "a part of it could not be read" if self._unread else "the spill is full"
+            log.warning("epoch %d is not captured: %s; trying the next", captured.epoch, reason)
+            # Read live, so no part of an instant: if it changed since, it is part of the next.
+            await self._read_again()
+            since = captured.epoch
 
     async def ping(self) -> None:
         """Prove the round trip through the target's worker. Raises TooSlowError."""
@@ -179,7 +213,7 @@ class Session:
         for disk in range(len(disks)):
             extents = self._source.data_extents(disk, 0, disks[disk].size)
             await self._send_ranges(disk, ((o, o + n) for o, n in extents), holes=False)
-        await self._commit(epoch)
+        await self._commit(epoch, consistent=False)
 
     async def _compare(self) -> None:
         await self.held()
@@ -208,7 +242,11 @@ class Session:
             )
             await self._send_ranges(disk, ranges, holes=True, count=False)
             self._advance(disk, length)
-        await self._commit(epoch)
+        if self._instants_only:
+            # Invariant: a target that has been one instant goes from there to another one.
+            await self._read_again()
+            epoch = await self._send_instant(epoch)
+        await self._commit(epoch, consistent=self._instants_only)
 
     async def _close_epoch(self) -> int:
         before = time.time()
@@ -228,12 +266,13 @@ class Session:
         self._working_since = trio.current_time()
         await self._link.send(m.Begin(epoch, kind))  # type: ignore[arg-type]
 
-    async def _commit(self, epoch: int) -> None:
+    async def _commit(self, epoch: int, *, consistent: bool = True) -> None:
         # Invariant: an epoch is not committed while anything of it could not be read.
         await self._read_again()
         generation = self._source.record.generation
         begun = trio.current_time()
-        await self._link.send(m.Commit(generation, epoch, self._digest.count, self._digest.value()))
+        digest = self._digest
+        await self._link.send(m.Commit(generation, epoch, digest.count, digest.value(), consistent))
         # However long the target syncs, it says meanwhile that it lives.
         answer = await self._link.expect(m.Committed)
         if (answer.generation, answer.epoch) != (generation, epoch):
@@ -270,9 +309,10 @@ class Session:
         *,
         holes: bool,
         count: bool = True,
+        readable: Readable | None = None,
     ) -> None:
         try:
-            async with self._reader.reading(disk, ranges) as batches:
+            async with self._reader.reading(disk, ranges, readable) as batches:
                 async for batch in batches:
                     await self.held()
                     await self._send_batch(batch, holes=holes)
