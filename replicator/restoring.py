@@ -22,7 +22,7 @@ from replicator.files import Files
 from replicator.link import Link, LinkLost, raise_failed, say_last
 from replicator.manifest import ReplicaDisk, check_disks
 from replicator.restore import check_fits, opened
-from replicator.transfers import differing
+from replicator.transfers import OneImage, differing
 
 _WINDOW_BYTES = 64 * m.MIB
 # Asked for at once: few enough that the requests fit in any socket buffer while answers come.
@@ -163,7 +163,7 @@ class _Copy:
 def _really_differing(fd: int, segments: list[m.Segment], seed: int) -> list[tuple[int, int]]:
     """As `differing`; data of zeros where the receiver has a hole is no difference."""
     found = []
-    for start, end in differing(fd, segments, seed):
+    for start, end in differing(OneImage(fd), 0, segments, seed):
         hole = any(s.zero and s.offset <= start and end <= s.offset + s.length for s in segments)
         if not hole or any(
             any(os.pread(fd, min(m.MIB, end - at), at)) for at in range(start, end, m.MIB)

@@ -1,6 +1,5 @@
 """The sender's view of a mount: its images, its change maps, and the epoch counter."""
 
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from fusedisk.image import keep_pages_small
 from fusedisk.mounting import find_state
 from fusedisk.replicas import Lag, lag_since
 from fusedisk.state import locked, read_mount_record
+from replicator.transfers import read_into
 
 _QUIET_POLL_SECONDS = 0.001
 
@@ -76,11 +76,7 @@ class Source:
 
     def read(self, disk: int, buffer: memoryview, offset: int) -> None:
         """Fill the buffer from a byte of a disk; a thread's work. Raises OSError."""
-        while buffer:
-            count = os.preadv(self.fds[disk], [buffer], offset)
-            if count == 0:
-                raise OSError(errno.EIO, f"the image ends at byte {offset}, before its size")
-            buffer, offset = buffer[count:], offset + count
+        read_into(self.fds[disk], buffer, offset)
 
     def lag(self, since: int) -> Lag:
         """What was written to all disks after epoch ``since``."""

@@ -1,10 +1,13 @@
 """What crosses the wire for a range of a disk: data, or runs of zeros, and a digest over a pass."""
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import xxhash
 
+from fusedisk.extents import data_extents
 from replicator.messages import (
     DATA_BYTES_MAX,
     DIGEST_BYTES,
@@ -47,6 +50,30 @@ class Readable(Protocol):
 
     def read(self, disk: int, buffer: memoryview, offset: int) -> None:
         """Fill the buffer from a byte of a disk. Raises OSError."""
+
+
+class OneImage:
+    """A lone image, as disk 0, that transfers can be read from."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def data_extents(self, disk: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of each run of data in a range. Raises OSError."""
+        return data_extents(self._fd, start, end)
+
+    def read(self, disk: int, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer from a byte of the image. Raises OSError."""
+        read_into(self._fd, buffer, offset)
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill the buffer from a byte of an image. Raises OSError, also where the image ends."""
+    while buffer:
+        count = os.preadv(fd, [buffer], offset)
+        if count == 0:
+            raise OSError(errno.EIO, f"the image ends at byte {offset}, before its size")
+        buffer, offset = buffer[count:], offset + count
 
 
 def pieces(source: Readable, disk: int, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
