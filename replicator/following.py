@@ -19,6 +19,7 @@ from fusedisk.replicas import ReplicaRecord, Sent, read_record, write_record
 from replicator.address import Address
 from replicator.batches import Unread, describe
 from replicator.cutover import Cutover, CutoverOptions, new_record
+from replicator.freeze import Freezer
 from replicator.handover import NotConverged, OutcomeUnknown, asking, rolled_back
 from replicator.link import LinkLost
 from replicator.messages import RemoteProtocolError
@@ -73,6 +74,7 @@ class Follower:
         self._attempt: Cutover | None = None
         self._verification: Verification | None = None
         self._noting = trio.Event()
+        self._freezer = Freezer(settings.freeze, source.state / "replicas" / f"{name}.freeze.log")
         self.progress = Progress()
         self.sent = Sent()
         self.rates = Rates()
@@ -114,6 +116,7 @@ class Follower:
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
+                await self._freezer.close()
                 await self._write_note()
         if self._unmounted and self._settings.once and not self._committed_here:
             raise FuseDiskError(
@@ -192,6 +195,7 @@ class Follower:
         session.on_phase = self._set_state
         session.on_unread = self._note_unread
         session.held = lambda: self._hold(session)
+        session.frozen = lambda: self._freezer.frozen(skip=self.state == "cutover")
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.listen)
@@ -442,6 +446,7 @@ class Follower:
             "sent": msgspec.to_builtins(self.sent),
             "forecast": self._forecast(lag.bytes, progress),
             "cutover": None if attempt is None else attempt.report(),
+            "freeze": self._freezer.report(),
             "error": error,
             "sender": {"pid": os.getpid()},
         }

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import islice
 from typing import Literal
 
@@ -68,6 +69,8 @@ class Session:
         self.on_phase: Callable[[str], None] = lambda _: None
         self.on_unread: Callable[[list[Unread]], None] = lambda _: None
         """Told what a pass lacks because it cannot be read, and at last that it lacks nothing."""
+        self.frozen: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+        """Entered around the instant of a pass."""
         self.held: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         """Awaited before each piece of work; returns at once unless replication is paused."""
 
@@ -140,7 +143,9 @@ class Session:
         disks = range(len(self._source.fds))
         while True:
             before = time.time()
-            with await capture(self._source, since) as captured:
+            async with self.frozen():
+                instant = await capture(self._source, since)
+            with instant as captured:
                 self._closing = captured.epoch, before
                 self.captured = captured
                 try:

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from fusedisk.errors import UsageError
+from replicator.freeze import FreezeSettings
 from replicator.link import SILENCE_SECONDS_MAX
 from replicator.ratelimit import RATE_MIN
 
@@ -26,6 +27,7 @@ class SenderSettings(msgspec.Struct, forbid_unknown_fields=True):
     max_downtime_ms: Downtime | None = None
     once: bool = False
     silence_seconds_max: Silence = SILENCE_SECONDS_MAX
+    freeze: FreezeSettings | None = None
 
 
 class Changes(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -12,6 +12,7 @@ from replicator import control
 from replicator.address import parse_address
 from replicator.detaching import detach as run_detached
 from replicator.following import Follower
+from replicator.freeze import EVERY_SECONDS, freeze_settings
 from replicator.link import SILENCE_SECONDS_MAX
 from replicator.options import Seconds, sender_options
 from replicator.running import run_trio, until_signal
@@ -38,6 +39,17 @@ from replicator.transport.settings import Settings
     metavar="SECONDS",
     help="A receiver that is silent for longer is gone; connect again.",
 )
+@click.option("--freeze", metavar="qga:SOCKET", help="Freeze through QEMU's guest agent.")
+@click.option("--freeze-cmd", metavar="CMD", help="Freezes the guest as an epoch is closed.")
+@click.option("--thaw-cmd", metavar="CMD", help="Undoes --freeze-cmd; may be run twice.")
+@click.option(
+    "--freeze-every",
+    default=EVERY_SECONDS,
+    type=Seconds(0, 86400),
+    show_default=True,
+    metavar="SECONDS",
+    help="At most this often.",
+)
 @sender_options
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.argument("address")
@@ -50,6 +62,10 @@ def command(
     rpo: float,
     bandwidth: str,
     link_timeout: float,
+    freeze: str | None,
+    freeze_cmd: str | None,
+    thaw_cmd: str | None,
+    freeze_every: float,
     settings: Settings,
 ) -> None:
     """Replicate all disks of a mount, in the foreground."""
@@ -62,6 +78,7 @@ def command(
     check_target(target)
     wanted = SenderSettings(rpo_seconds=rpo, once=once, silence_seconds_max=link_timeout)
     wanted.bandwidth = check_bandwidth(parse_rate(bandwidth))
+    wanted.freeze = freeze_settings(freeze, freeze_cmd, thaw_cmd, freeze_every)
     source = Source(mountpoint)
     lock_replica(source.state, name)
 
