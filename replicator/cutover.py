@@ -8,7 +8,8 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -20,6 +21,7 @@ from fusedisk.fencing import FenceRecord
 from fusedisk.gate import take_lease
 from fusedisk.units import format_size
 from replicator.estimate import Estimate
+from replicator.guest import Guest, held_guest
 from replicator.handover import (
     AskOutcome,
     NotConverged,
@@ -39,6 +41,7 @@ log = logging.getLogger("replicator.cutover")
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Command = Annotated[str, Meta(min_length=1, max_length=8192)]
+Socket = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
 class CutoverOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,6 +55,8 @@ class CutoverOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hook_seconds_max: Seconds = 30.0
     verify: Level = "last"
     dry_run: bool = False
+    qmp: Socket | None = None
+    migrate_to: Command | None = None
 
 
 class Cutover:
@@ -72,6 +77,7 @@ class Cutover:
         self._proof = Proof(source, options.verify)
         self._estimate = Estimate()
         self._predicted_ms: float | None = None
+        self._guest = Guest()
         self.phase = "converging"
         self.progress: Progress | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -89,21 +95,25 @@ class Cutover:
             self.progress = Progress()
             await self._proof.everything(self._session, self.progress)
             self.progress = None
-        await self._converge()
-        if options.dry_run:
-            return self._result("dry-run", self._predicted_ms, {})
+        begun = False
         try:
-            if options.before is not None:
-                self._enter("before")
-                await self._hook("--before", options.before, "pending")
-                # The hook took its time, and only it knows whether the guest still writes.
+            async with self._held_guest() as self._guest:
                 await self._converge()
-            result = await self._switch()
+                if options.dry_run:
+                    return self._result("dry-run", self._predicted_ms, {})
+                begun = True
+                if options.before is not None:
+                    self._enter("before")
+                    await self._hook("--before", options.before, "pending")
+                    # The hook took its time, and only it knows whether the guest still writes.
+                    await self._converge()
+                await self._pause()
+                result = await self._switch()
         except OutcomeUnknown:
             # Whether the guest may go on is just what is not known.
             raise
         except BaseException:
-            if options.on_rollback is not None:
+            if begun and options.on_rollback is not None:
                 with trio.CancelScope(shield=True):
                     await self._hook_noted("--on-rollback", options.on_rollback, "rolled-back")
             raise
@@ -121,6 +131,7 @@ class Cutover:
             "phase": self.phase,
             "remaining_bytes": left,
             "max_downtime_ms": 1000 * self._options.downtime_seconds_max,
+            "memory": self._guest.memory,
             **self._estimate.report(left),
         }
 
@@ -192,18 +203,39 @@ class Cutover:
         for fd in self._source.fds:
             await trio.to_thread.run_sync(os.fsync, fd)
 
+    def _held_guest(self) -> AbstractAsyncContextManager[Guest]:
+        images = [Path(disk.path) for disk in self._source.record.disks]
+        log_path = self._source.state / "replicas" / f"{self._record.replica}.guest.log"
+        return held_guest(self._options.qmp, self._options.migrate_to, images, log_path)
+
+    async def _pause(self) -> None:
+        """Until the guest stands still; what it writes while its memory moves is sent meanwhile."""
+        options = self._options
+        if options.migrate_to is not None:
+            self._enter("memory")
+        with trio.move_on_after(options.timeout_seconds) as limit:
+            await self._guest.pause(self._measured_pass, options.downtime_seconds_max)
+        if limit.cancelled_caught:
+            raise NotConverged(
+                f"the guest was not paused within {options.timeout_seconds:g} s; it goes on at the "
+                "source, try again with a longer --timeout or --max-downtime"
+            )
+
     async def _switch(self) -> dict[str, Any]:
         phases: dict[str, float] = {}
         bound = self._options.downtime_seconds_max
         predicted_ms = self._predicted_ms
-        begun = trio.current_time()
+        paused_at = self._guest.paused_at
+        begun = trio.current_time() if paused_at is None else paused_at
+        deadline = begun + bound
 
         def mark(phase: str) -> None:
             phases[phase] = 1000 * (trio.current_time() - begun) - sum(phases.values())
 
+        if paused_at is not None:
+            mark("pause")
         with self._gate():
             self._enter("switching")
-            deadline = trio.current_time() + bound
             with trio.move_on_at(deadline) as limit:
                 # Closing the epoch also waits for the writers that passed before the gate closed.
                 await self._session.next_pass()
@@ -227,7 +259,23 @@ class Cutover:
                 await hand_over(self._source, self._link, record, self._ask_outcome, deadline)
             mark("promote")
         self._predicted_ms = predicted_ms
-        return self._result("promoted", sum(phases.values()), phases)
+        lost: FuseDiskError | None = None
+        if self._options.migrate_to is not None:
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._guest.switch()
+                except FuseDiskError as error:
+                    lost = error
+            mark("memory")
+        result = self._result("promoted", sum(phases.values()), phases)
+        result["memory"] = self._guest.memory
+        if lost is not None:
+            result["exit_code"] = lost.exit_code
+            result["error"] = (
+                f"the replica is the disk now, but the guest did not go on from it: {lost}; "
+                "start it anew at the target, from the replica's disks"
+            )
+        return result
 
     def _result(
         self, outcome: str, downtime_ms: float | None, phases: dict[str, float]

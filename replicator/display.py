@@ -57,6 +57,9 @@ def cutover_text(cutover: dict[str, Any]) -> str:
     for name, key in (("dirty", "dirty_rate"), ("send", "send_rate")):
         if cutover[key] is not None:
             parts.append(f"{name} {format_size(cutover[key])}/s")
+    if memory := cutover["memory"]:
+        done, total = format_size(memory["done"]), format_size(memory["total"])
+        parts.append(f"memory {done} of {total}")
     if cutover["estimate_ms"] is not None:
         limit = cutover["max_downtime_ms"]
         parts.append(f"downtime expected {cutover['estimate_ms']:.0f} ms of {limit:.0f} ms")

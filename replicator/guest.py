@@ -26,6 +26,9 @@ _MOVE_SECONDS_MAX = 86400.0
 _RESUME_SECONDS_MAX = 150.0
 _SWITCH_SECONDS_MAX = 340.0
 _REST_SECONDS = 0.2
+# What is left of the memory goes over after the promotion, and is lost if the QEMU there dies then:
+# as short as QEMU's own default, however long the guest may be down.
+_MEMORY_SECONDS = 0.3
 
 Memory = dict[str, Any]
 
@@ -69,7 +72,6 @@ class QemuGuest(Guest):
         self._child = Attendant("replicator.guestkeeper", log)
         self._ran: bool | None = None
         self._touched = False
-        self.on_memory: Callable[[Memory], None] = lambda _: None
 
     @property
     def child_pid(self) -> int | None:
@@ -103,7 +105,7 @@ class QemuGuest(Guest):
                 answer = await self._child.ask(
                     *("move", _MOVE_SECONDS_MAX, self._note_memory),
                     uri=self._uri,
-                    downtime_ms=max(1, round(1000 * downtime / 2)),
+                    downtime_ms=max(1, round(1000 * min(_MEMORY_SECONDS, downtime / 2))),
                 )
                 self._note_paused(answer)
                 assert self.paused_at is not None
@@ -162,16 +164,11 @@ class QemuGuest(Guest):
 
     def _note_memory(self, memory: Memory) -> None:
         self.memory = memory
-        self.on_memory(memory)
 
 
 @asynccontextmanager
 async def held_guest(
-    qmp: str | None,
-    uri: str | None,
-    images: list[Path],
-    log: Path,
-    on_memory: Callable[[Memory], None],
+    qmp: str | None, uri: str | None, images: list[Path], log: Path
 ) -> AsyncIterator[Guest]:
     """The guest of a cutover, which goes on here if the block fails before anything is on record.
 
@@ -181,7 +178,6 @@ async def held_guest(
         yield Guest()
         return
     guest = QemuGuest(qmp, uri, images, log)
-    guest.on_memory = on_memory
     try:
         await guest.connect()
         try:

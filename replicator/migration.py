@@ -13,6 +13,7 @@ that the other side has loaded everything and runs the guest, else only that it 
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fusedisk.errors import FuseDiskError
@@ -117,6 +118,22 @@ async def go_on_here(monitor: Monitor, *, run: bool) -> None:
         await _set_capabilities(monitor, dict.fromkeys(_CAPABILITIES, False))
     if run and await monitor.status() != "running":
         await monitor.execute("cont")
+
+
+async def conclude(path: Path, *, promoted: bool) -> None:
+    """Bring a guest that a cutover left paused to where its disks are. Raises FuseDiskError.
+
+    One whose memory was not moving stays paused where the replica was promoted.
+    """
+    monitor = Monitor(path)
+    await monitor.connect()
+    try:
+        if not promoted:
+            await go_on_here(monitor, run=True)
+        elif (await monitor.execute("query-migrate")).get("status") == "pre-switchover":
+            await go_on_there(monitor)
+    finally:
+        await monitor.close()
 
 
 async def _set_capabilities(monitor: Monitor, wanted: dict[str, bool]) -> None:

@@ -76,7 +76,12 @@ class RecordingGuest(Guest):
     @property
     def records(self) -> list[Record]:
         """What was printed so far, without a line that is still being printed."""
-        found = re.findall(r"^record (\d+) (\S+) ([\d.]+)\r?\n", self.said, re.MULTILINE)
+        return self.parse(self.said)
+
+    @staticmethod
+    def parse(said: str) -> list[Record]:
+        """The records in what consoles said."""
+        found = re.findall(r"^record (\d+) (\S+) ([\d.]+)\r?\n", said, re.MULTILINE)
         return [Record(int(number), boot, float(up)) for number, boot, up in found]
 
     @property
@@ -94,15 +99,16 @@ class RecordingGuest(Guest):
 
         wait_for(enough, f"there are {count} more records", WAIT_SECONDS)
 
-    def query(self, command: str) -> Any:
+    def query(self, command: str, **arguments: Any) -> Any:
         """One command over a connection of its own; QEMU serves one at a time."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(WAIT_SECONDS)
             sock.connect(str(self.qmp))
             lines = sock.makefile("rb")
             lines.readline()
-            for word in ("qmp_capabilities", command):
-                sock.sendall(json.dumps({"execute": word}).encode() + b"\n")
+            for word, values in (("qmp_capabilities", {}), (command, arguments)):
+                request = {"execute": word, "arguments": values}
+                sock.sendall(json.dumps(request).encode() + b"\n")
                 while "event" in (reply := json.loads(lines.readline())):
                     pass
                 assert "return" in reply, reply

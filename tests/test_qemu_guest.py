@@ -58,7 +58,7 @@ def _hold(
     source: RecordingGuest, folder: Path, uri: str | None = None
 ) -> AbstractAsyncContextManager[Guest]:
     image = folder / "image"
-    return held_guest(str(source.qmp), uri, [image], folder / "log", lambda _: None)
+    return held_guest(str(source.qmp), uri, [image], folder / "log")
 
 
 @pytest.mark.trio
@@ -110,7 +110,7 @@ async def test_another_child_takes_over_from_a_killed_one(
 @pytest.mark.trio
 async def test_no_monitor_is_an_error_before_anything_is_done(tmp_path: Path) -> None:
     with pytest.raises(FuseDiskError, match="cannot reach QEMU at"):
-        async with held_guest(str(tmp_path / "q"), None, [], tmp_path / "log", lambda _: None):
+        async with held_guest(str(tmp_path / "q"), None, [], tmp_path / "log"):
             raise AssertionError("entered")
 
 
@@ -121,7 +121,7 @@ from replicator.guest import held_guest
 qmp, image, log, uri = sys.argv[1:]
 async def nothing(): await trio.sleep(0.01)
 async def main():
-    async with held_guest(qmp, uri or None, [Path(image)], Path(log), lambda _: None) as guest:
+    async with held_guest(qmp, uri or None, [Path(image)], Path(log)) as guest:
         await guest.pause(nothing, 1)
         print("paused", flush=True)
         await trio.sleep_forever()

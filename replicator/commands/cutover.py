@@ -17,6 +17,7 @@ from fusedisk.state import read_mount_record
 from replicator import control
 from replicator.cutover import CutoverOptions
 from replicator.display import cutover_text
+from replicator.guest import check_options
 from replicator.handover import OutcomeUnknown
 from replicator.options import Seconds
 from replicator.settings import MAX_DOWNTIME_MS
@@ -46,6 +47,13 @@ _SHOW_SECONDS = 0.5
     show_default=True,
     help="What is read again on both sides and compared before the switch.",
 )
+@click.option(
+    "--qmp",
+    type=click.Path(path_type=Path),
+    metavar="SOCKET",
+    help="QEMU's monitor: the guest is paused for the switch.",
+)
+@click.option("--migrate-to", metavar="URI", help="Moves the memory to the QEMU that waits there.")
 @click.option("--dry-run", is_flag=True, help="All but the switch; says what it would take.")
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("mountpoint", type=click.Path(path_type=Path))
@@ -59,10 +67,13 @@ def command(
     on_rollback: str | None,
     hook_timeout: float,
     verify: str,
+    qmp: Path | None,
+    migrate_to: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Move the disks to the target: all of it, or nothing."""
+    monitor = check_options(qmp, migrate_to)
     state = find_state(mountpoint)
     name = control.choose(state, name)
     if max_downtime is None:
@@ -77,6 +88,8 @@ def command(
         hook_seconds_max=hook_timeout,
         verify=verify,  # type: ignore[arg-type]
         dry_run=dry_run,
+        qmp=monitor,
+        migrate_to=migrate_to,
     )
     request = f"cutover {msgspec.json.encode(options).decode()}"
     ended = threading.Event()

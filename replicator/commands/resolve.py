@@ -1,15 +1,19 @@
 """``replicator resolve``."""
 
+import asyncio
 from pathlib import Path
 from typing import Literal
 
 import click
 
-from fusedisk.errors import FuseDiskError
+from fusedisk.errors import FuseDiskError, UsageError
+from fusedisk.fencing import read_fence
 from fusedisk.mounting import find_state
 from replicator.commands.promote import promote
+from replicator.migration import conclude
 from replicator.options import sender_options
 from replicator.resolving import resolve_at_source, resolve_at_target
+from replicator.source import Source
 from replicator.store import Store
 from replicator.transport.settings import Settings
 
@@ -21,6 +25,12 @@ from replicator.transport.settings import Settings
     type=click.Choice(["source", "target"]),
     help="Which side is the disk, if the other side is gone for good and cannot be asked.",
 )
+@click.option(
+    "--qmp",
+    type=click.Path(path_type=Path),
+    metavar="SOCKET",
+    help="The source's QEMU: lets its guest go on where the disk is.",
+)
 @sender_options
 @click.argument(
     "where", metavar="MOUNTPOINT|STORE/NAME", type=click.Path(path_type=Path, file_okay=False)
@@ -29,6 +39,7 @@ def command(
     where: Path,
     name: str | None,
     assume: Literal["source", "target"] | None,
+    qmp: Path | None,
     settings: Settings,
 ) -> None:
     """Settle a cutover of unknown outcome: with the target, or by hand if one side is gone."""
@@ -39,7 +50,13 @@ def command(
             raise FuseDiskError(f"{not_mounted}, and no replica of a store") from None
     else:
         resolve_at_source(where, name, assume, settings)
+        if qmp is not None:
+            images = [Path(disk.path) for disk in Source(where).record.disks]
+            promoted = read_fence(images) is not None
+            asyncio.run(conclude(qmp.absolute(), promoted=promoted))
         return
+    if qmp is not None:
+        raise UsageError("--qmp is for the source: give its mountpoint")
     if assume == "target":
         promote(where, None, force=False, as_json=False)
         return

@@ -1,0 +1,132 @@
+"""A recording guest on a mount, its replica, and the QEMU that waits for it there."""
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from conftest import Mount, wait_for
+from proxy import Proxy
+from recording_guest import Record, RecordingGuest, check_disk, make_disk
+
+from fusedisk.fencing import read_fence
+
+REPLICATOR = str(Path(sys.executable).with_name("replicator"))
+
+
+class Move:
+    """Everything for one cutover; `close` ends it all. The mount is the caller's."""
+
+    def __init__(self, folder: Path, mount: Mount) -> None:
+        self.folder, self.mount = folder, mount
+        self._stack = ExitStack()
+        self.store = folder / "store"
+        self.store.mkdir()
+        for image in mount.images:
+            make_disk(image)
+        mount.mount()
+        self.receiver = self._receive()
+        self.proxy = self._stack.enter_context(Proxy(f"unix://{folder / 's'}"))
+        self.sender = self._send()
+        self.wait_for_state("following")
+        self.replicas = [self.store / "r" / image.name for image in mount.images]
+        self.uri = f"unix:{folder / 'ram'}"
+        disks = [mount.disk(number) for number in range(len(mount.images))]
+        self.source = self.boot("source", disks)
+        self.source.wait_for_records(3)
+        self.target = self.boot("target", self.replicas, self.uri)
+
+    def boot(self, name: str, disks: list[Path], incoming: str | None = None) -> RecordingGuest:
+        """Start a QEMU that ends with us."""
+        guest = RecordingGuest(self.folder / name, disks, incoming)
+        self._stack.callback(guest.close)
+        return guest
+
+    def _run(self, log: str, *words: str | Path) -> subprocess.Popen[bytes]:
+        with (self.folder / log).open("ab") as file:
+            process = subprocess.Popen([REPLICATOR, *words], stdout=file, stderr=file)
+        self._stack.callback(process.wait)
+        self._stack.callback(process.kill)
+        return process
+
+    def _receive(self) -> subprocess.Popen[bytes]:
+        (self.folder / "s").unlink(missing_ok=True)
+        address = f"unix://{self.folder / 's'}"
+        process = self._run("receive.log", "receive", "--store", self.store, address)
+        wait_for((self.folder / "s").exists, "the receiver listens")
+        return process
+
+    def _send(self) -> subprocess.Popen[bytes]:
+        words = ("start", "--name", "r", "--rpo", "0.5", self.mount.mountpoint, self.proxy.address)
+        return self._run("start.log", *words)
+
+    def entry(self) -> dict[str, Any]:
+        """The replica in the status."""
+        words = [REPLICATOR, "status", "--json", self.mount.mountpoint]
+        found = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
+        entries: list[dict[str, Any]] = found["replicas"]
+        return entries[0] if entries else {"state": "none"}
+
+    def wait_for_state(self, state: str) -> None:
+        wait_for(lambda: self.entry()["state"] == state, f"the replica is {state}", 60)
+
+    def cut_over(self, *, moves: bool = True) -> subprocess.Popen[bytes]:
+        """The command, not waited for; what it says is in cutover.log."""
+        words = ("--max-downtime", "20000", "--timeout", "40", "--qmp", self.source.qmp, "--json")
+        move = ("--migrate-to", self.uri) if moves else ()
+        return self._run("cutover.log", "cutover", *words, *move, self.mount.mountpoint)
+
+    def log(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The object that ``cutover --json`` printed."""
+        lines = [line for line in self.log("cutover.log").splitlines() if line.startswith("{")]
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
+
+    def settle(self) -> bool:
+        """After whatever happened, start again what died, and resolve; whether it was promoted."""
+        self.proxy.heal()
+        if self.receiver.poll() is not None:
+            self.receiver = self._receive()
+        record = read_fence(self.mount.images)
+        if record is not None and record.state == "committing":
+            self.sender.kill()
+            self.sender.wait()
+            words = [REPLICATOR, "resolve", "--qmp", self.source.qmp, self.mount.mountpoint]
+            resolved = subprocess.run(words, capture_output=True, text=True, timeout=120)
+            assert resolved.returncode == 0, resolved.stderr
+            record = read_fence(self.mount.images)
+        assert record is None or record.state == "fenced"
+        return record is not None
+
+    def records(self, *guests: RecordingGuest) -> list[Record]:
+        """All records, in the order of their guests; a line may begin on one console and end on
+        the next.
+        """
+        return RecordingGuest.parse("".join(guest.said for guest in guests))
+
+    def check(self, images: list[Path], *guests: RecordingGuest) -> None:
+        """End the last of the guests; no record is missing or was written twice, on any disk.
+
+        A guest that started anew may have had a record durable that it did not come to print.
+        """
+        guests[-1].wait_for_records(3)
+        guests[-1].end()
+        records = self.records(*guests)
+        printed = [record.number for record in records]
+        moved = len({record.boot for record in records}) == 1
+        if moved:
+            assert printed == list(range(1, printed[-1] + 1))
+        for image in images:
+            written = check_disk(image)
+            assert written == sorted(set(written))
+            assert set(printed) <= set(written)
+            assert written == printed or not moved
+
+    def close(self) -> None:
+        self._stack.close()
