@@ -30,6 +30,8 @@ boot=$(cut -c1-8 /proc/sys/kernel/random/boot_id)
 last=$(tail -n 1 /mnt/vda/records 2>/dev/null | cut -d' ' -f1)
 number=${last:-0}
 echo "booted $boot after record $number"
+# What is typed must not appear in the midst of a record.
+stty -echo </dev/ttyS0
 while read -r word; do [ "$word" = stop ] && touch /stop; done </dev/ttyS0 &
 while [ ! -e /stop ]; do
     number=$((number + 1))
