@@ -328,6 +328,8 @@ async def _work(
             case m.Ping():
                 await link.send(m.Pong(event.nonce))
             case m.Bye() | m.Failed():
+                # What was committed last may not have begun to be applied.
+                await trio.to_thread.run_sync(replica.apply)
                 return
 
 
