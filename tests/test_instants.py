@@ -1,0 +1,166 @@
+"""Every committed epoch is one instant of all disks, shown by writes in a known order.
+
+Each write begins only after the one before it, anywhere on two disks, was acknowledged. So an
+instant shows the writes up to some number and none after it; a gap would be a mixture.
+"""
+
+import itertools
+import json
+import os
+import random
+import struct
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Mount, wait_for
+from test_replication import CHUNK, REPLICATOR, SIZES, Pair
+
+SECTORS = [size // 512 for size in SIZES]
+SECTOR_BYTES = 512
+
+
+@pytest.fixture
+def pair(tmp_path: Path, fuse: Callable[..., Mount]):
+    made = Pair(tmp_path, fuse)
+    yield made
+    for process in made.processes:
+        process.kill()
+
+
+class OrderedWriters:
+    """Threads that number their writes: one at a time, on any disk, direct or through the cache."""
+
+    def __init__(self, pair: Pair, seed: int) -> None:
+        self._pair = pair
+        self._noise = random.Random(seed)
+        self._turn = threading.Lock()
+        self._stop = threading.Event()
+        self.history: list[tuple[int, int]] = []
+        self._threads = [threading.Thread(target=self._write) for _ in range(4)]
+
+    def __enter__(self) -> "OrderedWriters":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _write(self) -> None:
+        fds = [os.open(self._pair.mount.disk(i), os.O_RDWR) for i in range(2)]
+        try:
+            while not self._stop.is_set():
+                with self._turn:
+                    disk = self._noise.randrange(2)
+                    sector = self._noise.randrange(SECTORS[disk])
+                    record = struct.pack("<8sQ", b"ordered!", len(self.history) + 1)
+                    self.history.append((disk, sector))
+                    os.pwrite(fds[disk], record.ljust(SECTOR_BYTES, b"."), sector * SECTOR_BYTES)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def shown(folder: Path) -> dict[tuple[int, int], int]:
+    """The number in each sector that was written in order."""
+    found = {}
+    for disk in range(2):
+        content = (folder / f"disk{disk}.img").read_bytes()
+        for sector in range(SECTORS[disk]):
+            magic, number = struct.unpack_from("<8sQ", content, sector * SECTOR_BYTES)
+            if magic == b"ordered!":
+                found[disk, sector] = number
+    return found
+
+
+def expected(history: list[tuple[int, int]], newest: int) -> dict[tuple[int, int], int]:
+    return {place: number for number, place in enumerate(history[:newest], 1)}
+
+
+def points(pair: Pair) -> list[int]:
+    result = subprocess.run(
+        [REPLICATOR, "points", "--json", str(pair.store / "r")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    return [point["id"] for point in json.loads(result.stdout)["points"]]
+
+
+def test_every_point_shows_a_prefix_of_the_order_of_writes(pair: Pair) -> None:
+    receiver = pair.run("receive", "--store", pair.store, "--keep", "40", pair.address)
+    wait_for(lambda: receiver.out.read_text().endswith("\n"), "the receiver listens")
+    pair.address = receiver.out.read_text().removeprefix("listening on ").strip()
+    with OrderedWriters(pair, seed=7) as writers:
+        pair.start()
+        wait_for(lambda: (pair.store / "r/.fusedisk/manifest.json").exists(), "it is filled")
+        wait_for(lambda: len(points(pair)) >= 12, "there are points")
+        # Nothing of this may depend on the sender ending in order.
+        pair.processes[-1].kill()
+    pair.processes[0].kill()
+    newest = []
+    for point in points(pair):
+        folder = pair.tmp_path / f"point{point}"
+        result = subprocess.run(
+            [REPLICATOR, "restore", str(pair.store / "r"), str(folder), "--point", str(point)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        found = shown(folder)
+        newest.append(max(found.values(), default=0))
+        assert found == expected(writers.history, newest[-1]), f"point {point} is a mixture"
+    assert len(newest) >= 12
+    assert newest == sorted(newest) and newest[-1] > newest[0]
+    assert all(a < b for a, b in itertools.pairwise(newest)), "the writers stood still"
+
+
+def test_once_ends_with_one_instant_under_constant_writing(pair: Pair) -> None:
+    pair.receive()
+    with OrderedWriters(pair, seed=8) as writers:
+        wait_for(lambda: len(writers.history) > 100, "there is something to copy")
+        pair.once()
+    pair.processes[0].kill()
+    found = shown(pair.store / "r")
+    assert found == expected(writers.history, max(found.values()))
+    assert max(found.values()) > 100
+
+
+def test_a_comparison_of_a_followed_replica_ends_with_one_instant(pair: Pair) -> None:
+    pair.receive()
+    pair.once()
+    pair.mount.crash()
+    assert "not trusted" in pair.mount.mount()
+    with OrderedWriters(pair, seed=9) as writers:
+        wait_for(lambda: len(writers.history) > 100, "there is something to copy")
+        assert "compared the whole replica" in pair.once().said
+    pair.processes[0].kill()
+    found = shown(pair.store / "r")
+    assert found == expected(writers.history, max(found.values()))
+
+
+def test_chunk_sizes_do_not_matter_to_an_instant(
+    tmp_path: Path, fuse: Callable[..., Mount]
+) -> None:
+    pair = Pair(tmp_path, fuse)
+    try:
+        pair.mount.unmount()
+        pair.mount.mount("--chunk-size", str(4 * CHUNK))
+        pair.receive()
+        with OrderedWriters(pair, seed=10) as writers:
+            wait_for(lambda: len(writers.history) > 100, "there is something to copy")
+            pair.once()
+        pair.processes[0].kill()
+        found = shown(pair.store / "r")
+        assert found == expected(writers.history, max(found.values()))
+    finally:
+        for process in pair.processes:
+            process.kill()
