@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from replicator.compression import Compressor
 from replicator.messages import DATA_BYTES_MAX, Data, Zero
 from replicator.transfers import Readable, pieces, read_transfers
 
@@ -53,8 +54,8 @@ class Batch:
 class BatchReader:
     """Reads batches from a source, in buffers that it uses again."""
 
-    def __init__(self, source: Readable) -> None:
-        self._source = source
+    def __init__(self, source: Readable, compressor: Compressor) -> None:
+        self._source, self._compressor = source, compressor
         self._spare: list[bytearray] = []
 
     def give_back(self, batch: Batch) -> None:
@@ -88,11 +89,24 @@ class BatchReader:
         async with send:
             while True:
                 buffer = self._spare.pop() if self._spare else bytearray(_BATCH_BYTES)
-                batch = await trio.to_thread.run_sync(_read, source, disk, parts, buffer)
+                batch = await trio.to_thread.run_sync(self._prepare, source, disk, parts, buffer)
                 if not batch.covered:
                     self.give_back(batch)
                     return
                 await send.send(batch)
+
+    def _prepare(
+        self,
+        source: Readable,
+        disk: int,
+        parts: Iterator[tuple[int, int, bool]],
+        buffer: bytearray,
+    ) -> Batch:
+        batch = _read(source, disk, parts, buffer)
+        batch.transfers = [
+            self._compressor.pack(one) if isinstance(one, Data) else one for one in batch.transfers
+        ]
+        return batch
 
 
 def _read(

@@ -18,6 +18,7 @@ from fusedisk.errors import FuseDiskError
 from fusedisk.replicas import ReplicaRecord, Sent, read_record, write_record
 from replicator.address import Address
 from replicator.batches import Unread, describe
+from replicator.compression import Compressor
 from replicator.cutover import Cutover, CutoverOptions, new_record
 from replicator.freeze import Freezer
 from replicator.handover import NotConverged, OutcomeUnknown, asking, rolled_back
@@ -65,6 +66,7 @@ class Follower:
         self._transport, self._settings = transport, settings
         self._instance = str(uuid.uuid4())
         self._pace = Pace(settings.bandwidth)
+        self._compressor = Compressor(settings.compress)
         self._retry_seconds = _RETRY_SECONDS_MIN
         self._retry_at: float | None = None
         self._began = trio.current_time()
@@ -190,7 +192,7 @@ class Follower:
         link.on_end = lambda: self._wake.set()
         session = Session(
             *(self._source, link, self._name, self._instance),
-            *(self.progress, self.sent, self.rates),
+            *(self.progress, self.sent, self.rates, self._compressor),
         )
         session.on_phase = self._set_state
         session.on_unread = self._note_unread

@@ -15,8 +15,10 @@ A frame is a header of 24 bytes, little-endian, and a payload:
                    payload only the prefix is included
     ======  =====  ==========================================================
 
-A Data payload is a prefix of 32 bytes (u64 offset, u64 reserved 0, xxh3-128 of the data) and the
-data. A Zero payload is u64 offset, u64 length. Every other payload is one msgpack map.
+A Data payload is a prefix of 32 bytes (u64 offset, u64 packed, xxh3-128 of the disk's bytes) and
+the data. Where packed is 0 the data is the disk's bytes. Else it is one zstd frame that states and
+holds so many bytes of the disk, and is shorter than they are. A Zero payload is u64 offset, u64
+length. Every other payload is one msgpack map.
 """
 
 from __future__ import annotations
@@ -113,8 +115,9 @@ def encode(event: Event) -> list[bytes | memoryview]:
             raise LocalProtocolError(f"data must be 1 to {DATA_BYTES_MAX} contiguous bytes")
         if len(event.digest) != DIGEST_BYTES:
             raise LocalProtocolError(f"a digest has {DIGEST_BYTES} bytes")
-        _check_extent(event.disk, event.offset, data.nbytes, LocalProtocolError)
-        prefix = _PREFIX.pack(event.offset, 0, event.digest)
+        _check_packed(event.packed_from, data.nbytes, LocalProtocolError)
+        _check_extent(event.disk, event.offset, event.length, LocalProtocolError)
+        prefix = _PREFIX.pack(event.offset, event.packed_from, event.digest)
         return [_frame(kind, event.disk, prefix, data.nbytes), data.cast("B")]
     if isinstance(event, Zero):
         _check_extent(event.disk, event.offset, event.length, LocalProtocolError)
@@ -141,6 +144,11 @@ def _checksum(header: Buffer, covered: Buffer) -> int:
     state = xxhash.xxh3_64(header)
     state.update(covered)
     return state.intdigest()
+
+
+def _check_packed(packed_from: int, packed: int, error: type[Exception]) -> None:
+    if packed_from and not packed < packed_from <= DATA_BYTES_MAX:
+        raise error(f"{packed} bytes of packed data cannot stand for {packed_from}")
 
 
 def _check_extent(disk: int, offset: int, length: int, error: type[Exception]) -> None:
@@ -248,15 +256,14 @@ class Reader:
         if _checksum(self._head[: _HEADER.size], covered) != expected:
             raise RemoteProtocolError("a frame was damaged on the way: its checksum does not match")
         if self._kind is Data:
-            offset, reserved, _ = _PREFIX.unpack(covered)
-            if reserved:
-                raise RemoteProtocolError("peer sent a malformed Data prefix")
-            _check_extent(self._disk, offset, self._bulk_bytes, RemoteProtocolError)
+            offset, packed_from, _ = _PREFIX.unpack(covered)
+            _check_packed(packed_from, self._bulk_bytes, RemoteProtocolError)
+            _check_extent(self._disk, offset, packed_from or self._bulk_bytes, RemoteProtocolError)
 
     def _event(self, kind: type[Event], covered: memoryview) -> Event:
         if kind is Data:
-            offset, _, digest = _PREFIX.unpack(covered)
-            return Data(self._disk, offset, digest, self._part.toreadonly())
+            offset, packed_from, digest = _PREFIX.unpack(covered)
+            return Data(self._disk, offset, digest, self._part.toreadonly(), packed_from)
         if kind is Zero:
             offset, length = _ZERO.unpack(covered)
             _check_extent(self._disk, offset, length, RemoteProtocolError)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 import xxhash
+import zstandard
 from msgspec import Meta, Struct
 
 KIB = 1024
@@ -281,12 +282,16 @@ class Bye(Message, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Bytes of a disk, with the xxh3-128 of them."""
+    """Bytes of a disk, with the xxh3-128 of them.
+
+    Where `packed_from` is not 0, `data` is one zstd frame of that many bytes of the disk.
+    """
 
     disk: int
     offset: int
     digest: bytes
     data: memoryview
+    packed_from: int = 0
 
     @classmethod
     def of(cls, disk: int, offset: int, data: bytes | bytearray | memoryview) -> Data:
@@ -294,18 +299,42 @@ class Data:
         view = memoryview(data)
         return cls(disk, offset, xxhash.xxh3_128_digest(view), view)
 
-    def verify(self) -> None:
-        """Compare the bytes with their digest.
+    @property
+    def length(self) -> int:
+        """Bytes of the disk."""
+        return self.packed_from or len(self.data)
 
-        Apart from decoding, because hashing a megabyte is work a session may want on a thread.
+    def content(self) -> memoryview | bytes:
+        """The disk's bytes, unpacked and compared with their digest.
+
+        Apart from decoding, because it is work that a session may want on a thread.
 
         Raises:
             RemoteProtocolError: they are not the bytes that were sent.
         """
-        if xxhash.xxh3_128_digest(self.data) != self.digest:
+        content: memoryview | bytes = self.data
+        if self.packed_from:
+            content = _unpacked(self.data, self.packed_from)
+        if xxhash.xxh3_128_digest(content) != self.digest:
             raise RemoteProtocolError(
                 f"data of disk {self.disk} at offset {self.offset} does not match its digest"
             )
+        return content
+
+
+def _unpacked(data: memoryview, length: int) -> bytes:
+    try:
+        # Checked before anything is allocated: the frame's own word is what the library believes.
+        if zstandard.frame_content_size(data) != length:
+            raise RemoteProtocolError("packed data does not say its length")
+        content = zstandard.ZstdDecompressor(max_window_size=2 * DATA_BYTES_MAX).decompress(
+            data, max_output_size=length, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise RemoteProtocolError(f"packed data cannot be unpacked: {error}") from None
+    if len(content) != length:
+        raise RemoteProtocolError("packed data is not as long as it says")
+    return content
 
 
 @dataclass(frozen=True, slots=True)

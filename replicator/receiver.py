@@ -376,8 +376,8 @@ def _store(replica: Replica, transfers: Sequence[m.Data | m.Zero]) -> None:
             replica.zero(transfer.disk, transfer.offset, transfer.length)
             continue
         # Invariant: nothing is written that is not what the sender read.
-        transfer.verify()
-        replica.write(transfer.disk, transfer.offset, transfer.data, transfer.digest)
+        content = transfer.content()
+        replica.write(transfer.disk, transfer.offset, content, transfer.digest)
 
 
 def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:

@@ -137,7 +137,7 @@ class _Copy:
                 event = await self._link.receive_soon()
                 match event:
                     case m.Data() | m.Zero():
-                        length = len(event.data) if isinstance(event, m.Data) else event.length
+                        length = event.length
                         where = (event.disk, event.offset)
                         if where != (disk, position) or length > end - position:
                             raise m.RemoteProtocolError("peer sent another range than asked for")
@@ -156,8 +156,7 @@ class _Copy:
             self._files.zero(fd, event.offset, event.length)
             return
         # Invariant: nothing is written that is not what the receiver read.
-        event.verify()
-        self.written += self._files.write(fd, [event.data], event.offset)
+        self.written += self._files.write(fd, [event.content()], event.offset)
 
 
 def _really_differing(fd: int, segments: list[m.Segment], seed: int) -> list[tuple[int, int]]:

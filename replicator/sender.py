@@ -17,6 +17,7 @@ from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.batches import Batch, BatchReader, Unread
 from replicator.captured import CapturedSource, capture
+from replicator.compression import Compressor
 from replicator.lineage import holds_base
 from replicator.link import Link, say_last
 from replicator.progress import Progress
@@ -45,13 +46,15 @@ class Session:
         progress: Progress,
         sent: Sent,
         rates: Rates | None = None,
+        compressor: Compressor | None = None,
     ) -> None:
         self._source, self._link = source, link
         self._name, self._instance = name, instance
         self._sent = sent
         self._rates = rates or Rates()
         self._working_since = trio.current_time()
-        self._reader = BatchReader(source)
+        self._compressor = compressor or Compressor("none")
+        self._reader = BatchReader(source, self._compressor)
         self._unread: list[Unread] = []
         self._answers: deque[m.Hashes] = deque()
         self.seed = secrets.randbits(63)
@@ -318,9 +321,14 @@ class Session:
     ) -> None:
         try:
             async with self._reader.reading(disk, ranges, readable) as batches:
+                waiting = trio.current_time()
                 async for batch in batches:
                     await self.held()
+                    begun = trio.current_time()
                     await self._send_batch(batch, holes=holes)
+                    sent = trio.current_time()
+                    self._compressor.waited(begun - waiting, sent - begun)
+                    waiting = sent
                     if count:
                         self._advance(disk, batch.covered)
                     self._reader.give_back(batch)
@@ -336,7 +344,7 @@ class Session:
                     # A new target is one hole.
                     continue
             else:
-                self._sent.data_bytes += len(transfer.data)
+                self._sent.data_bytes += transfer.length
             self._digest.add(transfer)
             going.append(transfer)
         await self._link.send(*going)

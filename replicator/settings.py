@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from fusedisk.errors import UsageError
+from replicator.compression import Method
 from replicator.freeze import FreezeSettings
 from replicator.link import SILENCE_SECONDS_MAX
 from replicator.ratelimit import RATE_MIN
@@ -25,6 +26,7 @@ class SenderSettings(msgspec.Struct, forbid_unknown_fields=True):
     rpo_seconds: Rpo = 5.0
     bandwidth: Bandwidth | None = None
     max_downtime_ms: Downtime | None = None
+    compress: Method = "none"
     once: bool = False
     silence_seconds_max: Silence = SILENCE_SECONDS_MAX
     freeze: FreezeSettings | None = None

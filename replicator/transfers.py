@@ -32,7 +32,7 @@ class TransferDigest:
         """Take in one transfer, in the order of the wire."""
         self.count += 1
         if isinstance(transfer, Data):
-            length, content = len(transfer.data), transfer.digest
+            length, content = transfer.length, transfer.digest
         else:
             length, content = transfer.length, b""
         self._hash.update(f"{transfer.disk} {transfer.offset} {length} ".encode() + content)

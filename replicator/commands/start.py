@@ -10,6 +10,7 @@ from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.units import parse_rate
 from replicator import control
 from replicator.address import parse_address
+from replicator.compression import Method
 from replicator.detaching import detach as run_detached
 from replicator.following import Follower
 from replicator.freeze import EVERY_SECONDS, freeze_settings
@@ -31,6 +32,13 @@ from replicator.transport.settings import Settings
 @click.option("--detach", is_flag=True, help="Go into the background; the log is in the state.")
 @click.option("--rpo", default=5.0, type=Seconds(0.1, 86400), show_default=True)
 @click.option("--bandwidth", default="none", metavar="RATE", help="Bytes a second, e.g. 10MiB.")
+@click.option(
+    "--compress",
+    type=click.Choice(["zstd", "none"]),
+    default="none",
+    show_default=True,
+    help="zstd steps back by itself where it does not pay.",
+)
 @click.option(
     "--link-timeout",
     default=SILENCE_SECONDS_MAX,
@@ -61,6 +69,7 @@ def command(
     detach: bool,
     rpo: float,
     bandwidth: str,
+    compress: Method,
     link_timeout: float,
     freeze: str | None,
     freeze_cmd: str | None,
@@ -77,6 +86,7 @@ def command(
     target = parse_address(address)
     check_target(target)
     wanted = SenderSettings(rpo_seconds=rpo, once=once, silence_seconds_max=link_timeout)
+    wanted.compress = compress
     wanted.bandwidth = check_bandwidth(parse_rate(bandwidth))
     wanted.freeze = freeze_settings(freeze, freeze_cmd, thaw_cmd, freeze_every)
     source = Source(mountpoint)
