@@ -10,7 +10,7 @@ from replicator.store import Store, check_replica_name
 
 @click.command()
 @click.argument("replica", metavar="STORE/NAME", type=click.Path(path_type=Path, file_okay=False))
-@click.argument("images", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, type=Path)
 def command(replica: Path, images: tuple[Path, ...]) -> None:
     """Make a replica of images that a cutover fenced, so that a disk can come home.
 

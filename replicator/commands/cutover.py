@@ -56,7 +56,7 @@ _SHOW_SECONDS = 0.5
 @click.option("--migrate-to", metavar="URI", help="Moves the memory to the QEMU that waits there.")
 @click.option("--dry-run", is_flag=True, help="All but the switch; says what it would take.")
 @click.option("--json", "as_json", is_flag=True)
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 def command(
     mountpoint: Path,
     name: str | None,

@@ -13,7 +13,7 @@ from replicator.senderlock import lock_replica
 
 @click.command()
 @click.option("--name", required=True)
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 def command(mountpoint: Path, name: str) -> None:
     """Remove the source's record of a replica; what the target holds stays."""
     state = find_state(mountpoint)

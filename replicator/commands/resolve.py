@@ -32,9 +32,7 @@ from replicator.transport.settings import Settings
     help="The source's QEMU: lets its guest go on where the disk is.",
 )
 @sender_options
-@click.argument(
-    "where", metavar="MOUNTPOINT|STORE/NAME", type=click.Path(path_type=Path, file_okay=False)
-)
+@click.argument("where", metavar="MOUNTPOINT|STORE/NAME", type=Path)
 def command(
     where: Path,
     name: str | None,

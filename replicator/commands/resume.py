@@ -10,7 +10,7 @@ from replicator import control
 
 @click.command()
 @click.option("--name")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 def command(mountpoint: Path, name: str | None) -> None:
     """Go on after a pause."""
     control.command(find_state(mountpoint), name, "resume")

@@ -18,7 +18,7 @@ from replicator.settings import Changes, check_bandwidth
 @click.option("--bandwidth", metavar="RATE", help="Bytes a second, e.g. 10MiB; none: no limit.")
 @click.option("--rpo", type=Seconds(0.1, 86400), metavar="SECONDS")
 @click.option("--max-downtime", type=click.IntRange(1, 3600_000), metavar="MS")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 def command(
     mountpoint: Path,
     name: str | None,

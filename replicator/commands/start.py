@@ -59,7 +59,7 @@ from replicator.transport.settings import Settings
     help="At most this often.",
 )
 @sender_options
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 @click.argument("address")
 def command(
     mountpoint: Path,

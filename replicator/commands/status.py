@@ -18,7 +18,7 @@ _WATCH_SECONDS = 0.5
 @click.command()
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--watch", is_flag=True, help="Show it until Ctrl-C; with --json, a line each time.")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 def command(mountpoint: Path, as_json: bool, watch: bool) -> None:
     """Show the replicas of a mount."""
     state = find_state(mountpoint)

@@ -35,7 +35,7 @@ from replicator.verify import EXIT_DIFFERS, Findings, VerifyOptions, verify_dire
 @click.option("--bandwidth", metavar="RATE", help="Bytes of data to compare each second.")
 @click.option("--json", "as_json", is_flag=True)
 @sender_options
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 def command(
     mountpoint: Path, name: str | None, bandwidth: str | None, as_json: bool, settings: Settings
 ) -> None:
