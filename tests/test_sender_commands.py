@@ -239,7 +239,7 @@ def test_once_gives_up_on_a_target_that_cannot_be_reached(pair: Pair) -> None:
     entry = pair.status()
     assert entry["state"] == "waiting" and "trying again in" in entry["error"]
     assert sender.popen.wait(timeout=60) == 1
-    assert "is the receiver running?" in sender.said.splitlines()[-1]
+    assert "is there a receiver at" in sender.said.splitlines()[-1]
 
 
 def on_terminal(*words: str | Path) -> tuple[subprocess.Popen[bytes], Callable[[], str]]:
