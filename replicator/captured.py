@@ -9,8 +9,8 @@ from fusedisk.capture import Capture, NoCapture
 from fusedisk.errors import FuseDiskError
 from replicator.source import Source
 
-SPILL_BYTES_MAX = 1 << 30
-"""Room for copies of chunks that the guest overwrites before they are read."""
+SPILL_BYTES = 1 << 30
+"""Room for copies of chunks that the guest overwrites before they are read, unless set."""
 
 _CLOSED_POLL_SECONDS = 0.001
 _PLACE_POLL_SECONDS = 0.1
@@ -32,10 +32,13 @@ class CapturedSource:
         """Whether the capture was not given up."""
         return self._capture.intact
 
-    @property
-    def spilled_bytes(self) -> int:
-        """Bytes of copies that the guest's writing has made necessary."""
-        return self._capture.spilled_bytes
+    def report(self) -> dict[str, int]:
+        """The ``capture`` object of the status: bytes of copies made, and room for them."""
+        return {
+            "epoch": self.epoch,
+            "spill_bytes": self._capture.spilled_bytes,
+            "spill_bytes_max": self._capture.spill_bytes_max,
+        }
 
     def ranges(self, disk: int) -> list[tuple[int, int]]:
         """(start, end) of what the capture has of a disk, in bytes. A thread's work."""
@@ -90,8 +93,10 @@ def _united(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield begun, reached - begun
 
 
-async def capture(source: Source, since: int) -> CapturedSource:
+async def capture(source: Source, since: int, spill_bytes: int) -> CapturedSource:
     """Close the epoch and capture what was written after epoch ``since`` up to its end.
+
+    ``spill_bytes`` are the room for copies; where they are not enough the capture is given up.
 
     Waits for a place where too many captures are open. Raises FuseDiskError when the mount is gone.
     """
@@ -101,7 +106,7 @@ async def capture(source: Source, since: int) -> CapturedSource:
                 str(source.state),
                 source.control,
                 since,
-                SPILL_BYTES_MAX,
+                spill_bytes,
                 source.record.disks[0].chunk_size,
             )
             break

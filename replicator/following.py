@@ -66,6 +66,7 @@ class Follower:
         self._transport, self._settings = transport, settings
         self._instance = str(uuid.uuid4())
         self._pace = Pace(settings.bandwidth)
+        self._session: Session | None = None
         self._compressor = Compressor(settings.compress)
         self._retry_seconds = _RETRY_SECONDS_MIN
         self._retry_at: float | None = None
@@ -194,6 +195,8 @@ class Follower:
             *(self._source, link, self._name, self._instance),
             *(self.progress, self.sent, self.rates, self._compressor),
         )
+        session.spill_bytes = self._settings.spill_bytes
+        self._session = session
         session.on_phase = self._set_state
         session.on_unread = self._note_unread
         session.held = lambda: self._hold(session)
@@ -449,6 +452,7 @@ class Follower:
             "forecast": self._forecast(lag.bytes, progress),
             "cutover": None if attempt is None else attempt.report(),
             "freeze": self._freezer.report(),
+            "capture": self._session and self._session.captured and self._session.captured.report(),
             "error": error,
             "sender": {"pid": os.getpid()},
         }

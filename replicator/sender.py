@@ -16,7 +16,7 @@ from fusedisk.extents import allocated_bytes
 from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.batches import Batch, BatchReader, Unread
-from replicator.captured import CapturedSource, capture
+from replicator.captured import SPILL_BYTES, CapturedSource, capture
 from replicator.compression import Compressor
 from replicator.lineage import holds_base
 from replicator.link import Link, say_last
@@ -69,6 +69,7 @@ class Session:
         self.cause: str | None = None
         self.captured: CapturedSource | None = None
         self._instants_only = False
+        self.spill_bytes = SPILL_BYTES
         self.on_phase: Callable[[str], None] = lambda _: None
         self.on_unread: Callable[[list[Unread]], None] = lambda _: None
         """Told what a pass lacks because it cannot be read, and at last that it lacks nothing."""
@@ -147,7 +148,7 @@ class Session:
         while True:
             before = time.time()
             async with self.frozen():
-                instant = await capture(self._source, since)
+                instant = await capture(self._source, since, self.spill_bytes)
             with instant as captured:
                 self._closing = captured.epoch, before
                 self.captured = captured

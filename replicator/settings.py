@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from fusedisk.errors import UsageError
+from replicator.captured import SPILL_BYTES
 from replicator.compression import Method
 from replicator.freeze import FreezeSettings
 from replicator.link import SILENCE_SECONDS_MAX
@@ -14,9 +15,13 @@ from replicator.ratelimit import RATE_MIN
 MAX_DOWNTIME_MS = 1000
 """The default bound on a cutover's downtime."""
 
+# Fifteen chunks of the usual size.
+SPILL_BYTES_MIN = 1 << 20
+
 Rpo = Annotated[float, Meta(ge=0.1, le=86400)]
 Silence = Annotated[float, Meta(ge=2, le=3600)]
 Downtime = Annotated[int, Meta(ge=1, le=3600_000)]
+Spill = Annotated[int, Meta(ge=SPILL_BYTES_MIN, le=1 << 50)]
 Bandwidth = Annotated[int, Meta(ge=RATE_MIN, le=1 << 61)]
 
 
@@ -27,6 +32,7 @@ class SenderSettings(msgspec.Struct, forbid_unknown_fields=True):
     bandwidth: Bandwidth | None = None
     max_downtime_ms: Downtime | None = None
     compress: Method = "none"
+    spill_bytes: Spill = SPILL_BYTES
     once: bool = False
     silence_seconds_max: Silence = SILENCE_SECONDS_MAX
     freeze: FreezeSettings | None = None
@@ -44,6 +50,13 @@ class Changes(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         for name in self.__struct_fields__:
             if (value := getattr(self, name)) is not msgspec.UNSET:
                 setattr(settings, name, value)
+
+
+def check_spill(size: int) -> int:
+    """Raises UsageError for a spill in which hardly a chunk would fit."""
+    if not SPILL_BYTES_MIN <= size <= 1 << 50:
+        raise UsageError("--spill must be from 1MiB to 1024TiB")
+    return size
 
 
 def check_bandwidth(rate: int | None) -> int | None:

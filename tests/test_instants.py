@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Mount, wait_for
-from test_replication import CHUNK, REPLICATOR, SIZES, Pair
+from test_replication import CHUNK, REPLICATOR, SIZES, Pair, guest_write
 
 SECTORS = [size // 512 for size in SIZES]
 SECTOR_BYTES = 512
@@ -132,6 +132,21 @@ def test_once_ends_with_one_instant_under_constant_writing(pair: Pair) -> None:
     found = shown(pair.store / "r")
     assert found == expected(writers.history, max(found.values()))
     assert max(found.values()) > 100
+
+
+def test_a_full_spill_costs_another_round_and_never_a_mixture(pair: Pair) -> None:
+    pair.receive()
+    pair.once()
+    for disk, size in enumerate(SIZES):
+        guest_write(pair.mount.disk(disk), b"everything is dirty" * (size // 19), 0)
+    sender = pair.start("--spill", "1MiB", "--bandwidth", "2MiB")
+    with OrderedWriters(pair, seed=11) as writers:
+        wait_for(lambda: "the spill is full" in sender.said, "the capture is given up")
+    wait_for(lambda: pair.status()["lag"]["chunks"] == 0, "it is caught up", 60)
+    pair.processes[0].kill()
+    found = shown(pair.store / "r")
+    assert found == expected(writers.history, len(writers.history))
+    assert pair.identical()
 
 
 def test_a_comparison_of_a_followed_replica_ends_with_one_instant(pair: Pair) -> None:

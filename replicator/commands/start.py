@@ -7,7 +7,7 @@ import click
 import trio
 
 from fusedisk.errors import FuseDiskError, UsageError
-from fusedisk.units import parse_rate
+from fusedisk.units import parse_rate, parse_size
 from replicator import control
 from replicator.address import parse_address
 from replicator.compression import Method
@@ -18,7 +18,7 @@ from replicator.link import SILENCE_SECONDS_MAX
 from replicator.options import Seconds, sender_options
 from replicator.running import run_trio, until_signal
 from replicator.senderlock import lock_replica
-from replicator.settings import SenderSettings, check_bandwidth
+from replicator.settings import SenderSettings, check_bandwidth, check_spill
 from replicator.showing import show
 from replicator.source import Source
 from replicator.store import check_replica_name
@@ -38,6 +38,13 @@ from replicator.transport.settings import Settings
     default="none",
     show_default=True,
     help="zstd steps back by itself where it does not pay.",
+)
+@click.option(
+    "--spill",
+    default="1GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Room at the source for copies of what the guest overwrites before it was sent.",
 )
 @click.option(
     "--link-timeout",
@@ -70,6 +77,7 @@ def command(
     rpo: float,
     bandwidth: str,
     compress: Method,
+    spill: str,
     link_timeout: float,
     freeze: str | None,
     freeze_cmd: str | None,
@@ -87,6 +95,7 @@ def command(
     check_target(target)
     wanted = SenderSettings(rpo_seconds=rpo, once=once, silence_seconds_max=link_timeout)
     wanted.compress = compress
+    wanted.spill_bytes = check_spill(parse_size(spill))
     wanted.bandwidth = check_bandwidth(parse_rate(bandwidth))
     wanted.freeze = freeze_settings(freeze, freeze_cmd, thaw_cmd, freeze_every)
     source = Source(mountpoint)
