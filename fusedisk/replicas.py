@@ -178,6 +178,7 @@ def _noted(
         "epoch": {"current": epoch, "committed": committed},
         "sent": msgspec.to_builtins(record.sent),
         "cutover": None,
+        "capture": None,
         "error": error or (SILENT if silent else None),
         "sender": silent["sender"] if silent else None,
     }

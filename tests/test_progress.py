@@ -69,6 +69,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         ],
         "lag": {"bytes": 0, "chunks": 0, "seconds": 0.0},
         "epoch": {"current": 2, "committed": None},
+        "cutover": None,
         "error": None,
     }
     return made | changes

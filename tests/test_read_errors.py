@@ -13,6 +13,7 @@ from test_replication import Pair
 
 from replicator import batches
 from replicator.address import parse_address
+from replicator.compression import Compressor
 from replicator.following import Follower
 from replicator.settings import SenderSettings
 from replicator.source import Source
@@ -94,7 +95,7 @@ class Bytes:
 
 async def read_in_batches(source: Bytes, ranges: list[tuple[int, int]]) -> bytes:
     found = bytearray(len(source.content))
-    reader = batches.BatchReader(source)
+    reader = batches.BatchReader(source, Compressor("none"))
     position = 0
     async with reader.reading(0, ranges) as received:
         async for batch in received:
