@@ -43,10 +43,11 @@ def describe(unread: Sequence[Unread], paths: Sequence[str]) -> str:
 
 @dataclass
 class Batch:
-    """Transfers in order, whose data lies in ``buffer``; ``covered`` bytes of disk."""
+    """Transfers in order, their data in ``buffer``: ``covered`` bytes of disk, up to ``end``."""
 
     buffer: bytearray
     covered: int = 0
+    end: int = 0
     transfers: list[Data | Zero] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
 
@@ -116,6 +117,7 @@ def _read(
     view, used = memoryview(buffer), 0
     for count, (offset, length, is_data) in enumerate(parts, 1):
         batch.covered += length
+        batch.end = offset + length
         if is_data:
             used += _read_piece(batch, source, disk, offset, view[used : used + length])
         else:

@@ -29,7 +29,7 @@ from replicator.rates import Rates
 from replicator.sender import Session
 from replicator.senderlink import Pace, SenderLink
 from replicator.settings import Changes, SenderSettings
-from replicator.source import Source
+from replicator.source import Source, measure
 from replicator.transport.connecting import connected
 from replicator.transport.settings import Settings
 from replicator.verify import Findings, Verification, VerifyOptions
@@ -42,7 +42,6 @@ _RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
 _FIRST_CONNECT_SECONDS_MAX = 30.0
 _KEEPALIVE_SECONDS = 5.0
 _MOUNT_POLL_SECONDS = 0.5
-_MEASURE_SECONDS = 1.0
 
 # What ends a link; all but RemoteProtocolError and FuseDiskError may go better the next time.
 _LINK_ENDINGS = (
@@ -85,8 +84,7 @@ class Follower:
         self.error: str | None = None
         self._before_unread: str | None = None
         self.committed: int | None = None
-        self.commits = 0
-        self.paused = False
+        self.commits, self.paused = 0, False
         self.on_change: Callable[[], None] = lambda: None
         try:
             noted = read_record(source.state, name)
@@ -110,7 +108,7 @@ class Follower:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_note)
-                nursery.start_soon(self._measure)
+                nursery.start_soon(measure, self._source, self.rates)
                 nursery.start_soon(self._watch_mount, nursery.cancel_scope)
                 try:
                     await self._keep_linked()
@@ -136,14 +134,6 @@ class Follower:
             await trio.sleep(_MOUNT_POLL_SECONDS)
         self._unmounted = True
         scope.cancel()
-
-    async def _measure(self) -> None:
-        while True:
-            # Closing an epoch raises the counter, so what is newer than the last one is in this.
-            closed = self._source.control.epoch - 1
-            lag = await trio.to_thread.run_sync(self._source.lag, closed)
-            self.rates.lag(closed, lag.bytes, trio.current_time())
-            await trio.sleep(_MEASURE_SECONDS)
 
     async def _keep_linked(self) -> None:
         while True:
@@ -224,8 +214,6 @@ class Follower:
             # The note on it is of something that is no more.
             self.committed = None
         await session.synchronise(opened)
-        if session.cause:
-            log.info("compared the whole replica, because %s", session.cause)
         self._note_commit(session)
         self._set_state("following")
         if not session.progress.finished:
@@ -449,7 +437,8 @@ class Follower:
             },
             "epoch": {"current": self._source.control.epoch, "committed": self.committed},
             "sent": msgspec.to_builtins(self.sent),
-            "forecast": self._forecast(lag.bytes, progress),
+            "cause": self._session.cause if self._session and self.progress.whole else None,
+            "forecast": self._forecast(lag.bytes),
             "cutover": None if attempt is None else attempt.report(),
             "freeze": self._freezer.report(),
             "capture": self._session and self._session.captured and self._session.captured.report(),
@@ -457,16 +446,8 @@ class Follower:
             "sender": {"pid": os.getpid()},
         }
 
-    def _forecast(self, lag_bytes: int, progress: Progress) -> dict[str, Any]:
-        standing = None
-        if self.paused or self.state not in ("filling", "comparing", "following", "cutover"):
-            standing = "paused" if self.paused else f"nothing is sent while {self.state}"
-        left = lag_bytes
-        if self.state in ("filling", "comparing"):
+    def _forecast(self, left: int) -> dict[str, Any]:
+        if self.progress.whole:
             # What is written meanwhile is for the pass that follows.
-            left = (
-                progress.total
-                - progress.done
-                + self._source.lag(self._source.control.epoch - 1).bytes
-            )
-        return self.rates.report(left, standing=standing)
+            left = sum(self.progress.left) + self._source.lag(self._source.control.epoch - 1).bytes
+        return self.rates.report(left, "paused" if self.paused else self.state)

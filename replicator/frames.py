@@ -82,6 +82,7 @@ FRAME_TYPES: Final[Mapping[int, type[Event]]] = {
     21: m.Restore,
     22: m.Restorable,
     23: m.ReadRequest,
+    27: m.Checkpoint,
 }
 _FRAME_NUMBERS: Final = {kind: number for number, kind in FRAME_TYPES.items()}
 _DECODERS: Final[Mapping[type[Event], msgspec.msgpack.Decoder[m.Message]]] = {

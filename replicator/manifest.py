@@ -61,6 +61,19 @@ class JournalRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time: float
 
 
+class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far the pass of (generation, epoch) came that was to lead to the first point.
+
+    All before byte `offset` of `order[disk]` is durable; `order` names the disks as sent.
+    """
+
+    generation: Text
+    epoch: Epoch
+    disk: Annotated[int, msgspec.Meta(ge=0, le=2**16)]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=_MAX_DISK_SIZE)]
+    order: list[str]
+
+
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A recovery point: the state at (generation, epoch), committed at `time` (Unix seconds).
 
@@ -102,6 +115,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disks: Annotated[list[ReplicaDisk], msgspec.Meta(min_length=1)]
     promoted_at: float | None = None
     stamps: list[dict[str, str | int]] = []
+    filled: Filled | None = None
 
     @property
     def committed(self) -> tuple[str | None, int | None]:
@@ -194,6 +208,8 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "points are out of order"
     if manifest.state == "filling" and manifest.points:
         return "a recovery point before the first point"
+    if manifest.filled is not None and not (manifest.state == "filling" and manifest.applying):
+        return "how far a fill came, where none is under way"
     if manifest.state == "filling" and manifest.journal is not None:
         return "a journal before the first point"
     return None

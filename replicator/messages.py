@@ -108,14 +108,30 @@ class Open(Message, frozen=True):
     disks: Annotated[list[DiskInfo], Meta(min_length=1, max_length=DISKS_MAX)]
 
 
+class Reached(Message, frozen=True):
+    """A point on the way of a fill or comparison: all before it is as at the epoch, or newer.
+
+    "Before" counts the disks in the order of `Open`.
+    """
+
+    generation: Ident
+    epoch: Count
+    disk: DiskIndex
+    offset: Count
+
+
 class Opened(Message, frozen=True):
-    """What the receiver has under that name. ``applying``: its images are between two points."""
+    """What the receiver has under that name. ``applying``: its images are between two points.
+
+    ``reached`` is durable, of a first fill or comparison that was cut off.
+    """
 
     state: Literal["new", "existing", "filling", "following", "promoted"]
     generation: Ident | None
     epoch: Count | None
     token: Ident | None
     applying: bool = False
+    reached: Reached | None = None
 
 
 class Begin(Message, frozen=True):
@@ -170,6 +186,12 @@ class Hashes(Message, frozen=True):
             position += segment.length
         if position != self.offset + self.length:
             raise ValueError("segments do not cover the range")
+
+
+class Checkpoint(Message, frozen=True):
+    """All transfers of the pass before this point have been sent; worth noting durably."""
+
+    reached: Reached
 
 
 class Commit(Message, frozen=True):

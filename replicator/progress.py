@@ -18,9 +18,10 @@ class Progress:
     finished: bool = False
     _samples: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def begin(self, phase: str, totals: list[int]) -> None:
-        """Start a phase with what each disk has to do, in bytes."""
-        self.phase, self.totals, self.dones = phase, list(totals), [0] * len(totals)
+    def begin(self, phase: str, totals: list[int], dones: list[int] | None = None) -> None:
+        """Start a phase with what each disk has to do, in bytes, and what was done before."""
+        self.phase, self.totals = phase, list(totals)
+        self.dones = list(dones or [0] * len(totals))
         self.finished = False
         self._samples.clear()
 
@@ -52,6 +53,16 @@ class Progress:
     def total(self) -> int:
         """Bytes to do over all disks."""
         return sum(self.totals)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a fill or a comparison is under way, not a pass of what changed."""
+        return self.phase in ("fill", "compare") and not self.finished
+
+    @property
+    def left(self) -> list[int]:
+        """Bytes that are left of each disk."""
+        return [total - done for total, done in zip(self.totals, self.dones, strict=True)]
 
     def rate(self, now: float) -> float:
         """Bytes a second over the last seconds; it falls while nothing moves."""

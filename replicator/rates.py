@@ -97,7 +97,11 @@ class Rates:
             seconds, reason = None, "not enough was sent yet to tell"
         return Forecast(dirty, send, seconds, reason)
 
-    def report(self, left: int, *, standing: str | None = None) -> dict[str, Any]:
-        """The forecast as the status has it."""
-        found: dict[str, Any] = msgspec.to_builtins(self.forecast(left, standing=standing))
+    def report(self, left: int, state: str) -> dict[str, Any]:
+        """The forecast as the status has it, of a sender in that state."""
+        standing = state if state == "paused" else f"nothing is sent while {state}"
+        sending = state in ("filling", "comparing", "following", "cutover")
+        found: dict[str, Any] = msgspec.to_builtins(
+            self.forecast(left, standing=None if sending else standing)
+        )
         return found

@@ -5,6 +5,7 @@ The reader task only queues; the worker does everything in the order of the wire
 images by a thread, while the worker receives the next one.
 """
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias, TypeVar, TypeVarTuple
@@ -29,6 +30,7 @@ from replicator.turns import Turn, ask_for_turn, read_turn
 
 log = logging.getLogger("replicator.receiver")
 
+_IO_ERRORS = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV, errno.EROFS, errno.ESTALE})
 _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
 _PROBE_SECONDS = 2.0
@@ -181,6 +183,7 @@ class Receiver:
                     manifest.epoch,
                     manifest.token,
                     manifest.applying,
+                    _reached(replica),
                 )
             )
             log.info("replica %s: %s at epoch %s", opening.name, state, manifest.epoch)
@@ -189,7 +192,7 @@ class Receiver:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._give_way, opening, turn, active)
                     nursery.start_soon(_read, link, queue, active.pong)
-                    await _work(link, replica, queue, hello.seed, nursery)
+                    await _work(*(link, replica, queue, hello.seed, opening.generation, nursery))
                     nursery.cancel_scope.cancel()
             except* (LinkLost, FuseDiskError, m.RemoteProtocolError, OSError) as group:
                 raise first_error(group) from None
@@ -259,10 +262,17 @@ def _code(error: Exception) -> str:
             return "damaged"
         case ReplicaBusy():
             return "busy"
+        case FuseDiskError() if _may_pass(error.__cause__):
+            return "io"
         case FuseDiskError():
             return "refused"
         case _:
             return "io"
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """Whether a disk that fails so may work again, once somebody has looked after it."""
+    return isinstance(cause, OSError) and cause.errno in _IO_ERRORS
 
 
 async def _authenticated(authenticate: Authenticate | None) -> str | None:
@@ -290,9 +300,11 @@ async def _work(
     replica: Replica,
     queue: EventQueue,
     seed: int,
+    generation: str,
     nursery: trio.Nursery,
 ) -> None:
     digest = TransferDigest()
+    checkpointing = trio.Lock()
     while True:
         event = await queue.take()
         match event:
@@ -307,9 +319,13 @@ async def _work(
                 async with saying_that_it_lives(link):
                     hashes = await trio.to_thread.run_sync(_hash, replica, event, seed)
                 await link.send(hashes)
+            case m.Checkpoint():
+                # Beside what follows; one that comes while another is noted is let go.
+                if not checkpointing.locked():
+                    nursery.start_soon(_checkpoint, replica, event.reached, checkpointing)
             case m.Begin():
                 digest = TransferDigest()
-                await trio.to_thread.run_sync(replica.begin, event.epoch)
+                await trio.to_thread.run_sync(replica.begin, event.epoch, generation)
             case m.Commit():
                 if (event.transfers, event.digest) != (digest.count, digest.value()):
                     raise m.RemoteProtocolError("the pass is not the one that was sent")
@@ -378,6 +394,19 @@ def _store(replica: Replica, transfers: Sequence[m.Data | m.Zero]) -> None:
         # Invariant: nothing is written that is not what the sender read.
         content = transfer.content()
         replica.write(transfer.disk, transfer.offset, content, transfer.digest)
+
+
+async def _checkpoint(replica: Replica, at: m.Reached, checkpointing: trio.Lock) -> None:
+    async with checkpointing:
+        await trio.to_thread.run_sync(
+            replica.checkpoint, at.generation, at.epoch, at.disk, at.offset
+        )
+
+
+def _reached(replica: Replica) -> m.Reached | None:
+    if (filled := replica.filled) is None:
+        return None
+    return m.Reached(filled.generation, filled.epoch, filled.disk, filled.offset)
 
 
 def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:

@@ -106,6 +106,7 @@ def unknown(manifest: Manifest) -> Manifest:
         state="filling",
         applying=True,
         journal=None,
+        filled=None,
         # What is repaired is not recorded for undoing.
         points=[],
     )
@@ -128,6 +129,11 @@ def recover(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int
     `fds` are in the order of the manifest's disks. Raises OSError or FuseDiskError, and can be
     repeated.
     """
+    if manifest.state == "filling" and manifest.applying:
+        # Invariant: what the source compares by hash is on the disk or going there. After a failed
+        # sync the cache may show bytes as clean that never got there.
+        for fd in fds:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     # Invariant: what was read here is durable before a journal it does not name is removed.
     settle_manifest(files, directory)
     left = still_there(directory, manifest.points)

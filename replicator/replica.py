@@ -27,6 +27,7 @@ from replicator.journal import SLOTS, JournalDamaged, JournalHeader, JournalWrit
 from replicator.manifest import (
     MAX_ABORTED_TOKENS,
     PRIVATE_DIRECTORY,
+    Filled,
     Manifest,
     Point,
     ReplicaDisk,
@@ -135,6 +136,7 @@ class Replica:
         self._fds = fds
         self._numbers = numbers or list(range(len(fds)))
         self._receiving: JournalWriter | None = None
+        self._filling: int | None = None
         self._apply_mutex = threading.Lock()
         self._condition = threading.Condition()
         self._shared = 0
@@ -289,8 +291,10 @@ class Replica:
             with clear_errors(f"cannot read image {self._image(disk)}"):
                 return list(hash_segments(fd, offset, length, seed, block))
 
-    def begin(self, epoch: int) -> None:
+    def begin(self, epoch: int, generation: str | None = None) -> None:
         """Begin a pass towards `epoch`; one that was cut off is dropped and may be begun again.
+
+        What a checkpoint noted of (`generation`, `epoch`) holds on, of any other it is forgotten.
 
         Before the first point, what the images are to go through is recorded durably. Raises
         FuseDiskError if the replica is promoted.
@@ -301,8 +305,14 @@ class Replica:
             self._drop_pass()
             manifest = self._manifest
             if manifest.state == "filling":
-                if not manifest.applying:
-                    self._record(msgspec.structs.replace(manifest, applying=True))
+                filled = manifest.filled
+                # Invariant: before the images take anything of another pass, nothing is claimed
+                # any more of the one before.
+                if filled is not None and (filled.generation, filled.epoch) != (generation, epoch):
+                    filled = None
+                if not manifest.applying or filled != manifest.filled:
+                    self._record(msgspec.structs.replace(manifest, applying=True, filled=filled))
+                self._filling = epoch
                 return
             generation, last = manifest.committed
             header = JournalHeader(uuid.uuid4().hex, manifest.source_id, generation, last, epoch)
@@ -312,6 +322,38 @@ class Replica:
             )
             with clear_errors(f"cannot begin a journal for replica {self.name!r}"):
                 self._receiving = JournalWriter(self._files, self._directory, slot, header)
+
+    @property
+    def filled(self) -> Filled | None:
+        """How far a pass to the first point came that was cut off; None where that is not known."""
+        filled = self._manifest.filled
+        return filled if filled is not None and filled.order == self._order() else None
+
+    def checkpoint(self, generation: str, epoch: int, disk: int, offset: int) -> None:
+        """Note durably that the pass to the first point is there up to byte `offset` of a disk.
+
+        Covers the writes that returned before. Without effect in any other pass. Raises
+        FuseDiskError on an I/O error.
+        """
+        check_text("generation", generation)
+        with self._dropping_if_full():
+            self._checkpoint(generation, epoch, disk, offset)
+
+    def _checkpoint(self, generation: str, epoch: int, disk: int, offset: int) -> None:
+        with self._sharing():
+            if self._manifest.state != "filling" or self._filling != epoch:
+                return
+            self._range(disk, offset, 0)
+            # Invariant: what the manifest claims to be there is durable before it says so.
+            self._sync_images()
+        with self._excluding():
+            # The pass may have ended meanwhile, or another one begun.
+            if self._manifest.state == "filling" and self._filling == epoch:
+                filled = Filled(generation, epoch, disk, offset, self._order())
+                self._record(msgspec.structs.replace(self._manifest, filled=filled))
+
+    def _order(self) -> list[str]:
+        return [self._manifest.disks[number].name for number in self._numbers]
 
     def commit(
         self, generation: str, epoch: int, now: float | None = None, *, consistent: bool = True
@@ -357,9 +399,10 @@ class Replica:
             self._drop_pass()
             if last.state == "filling":
                 self._sync_images()
+            self._filling = None
             if not consistent:
                 based = msgspec.structs.replace(
-                    last, generation=generation, epoch=epoch, applying=False
+                    last, generation=generation, epoch=epoch, applying=False, filled=None
                 )
                 self._record(based)
                 return
@@ -370,6 +413,7 @@ class Replica:
                     epoch=epoch,
                     state="following",
                     applying=False,
+                    filled=None,
                     points=[
                         *before_commit(last.points, parse_policy(last.keep), now, self._pinned()),
                         Point(last.next_point, generation, epoch, now),
@@ -532,6 +576,7 @@ class Replica:
                 state="promoted",
                 token=token,
                 applying=False,
+                filled=None,
                 promoted_at=time.time(),
                 stamps=stamps,
             )

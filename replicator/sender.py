@@ -29,6 +29,7 @@ from replicator.transfers import Readable, TransferDigest, differing
 log = logging.getLogger("replicator.sender")
 
 _ANSWER_SECONDS_MAX = 60.0
+_CHECKPOINT_SECONDS = 2.0
 _HASHES_AHEAD = 8
 _REREAD_SECONDS_MIN, _REREAD_SECONDS_MAX = 0.5, 30.0
 _REREAD_PING_SECONDS = 5.0
@@ -56,6 +57,7 @@ class Session:
         self._compressor = compressor or Compressor("none")
         self._reader = BatchReader(source, self._compressor)
         self._unread: list[Unread] = []
+        self._checkpointed_at = 0.0
         self._answers: deque[m.Hashes] = deque()
         self.seed = secrets.randbits(63)
         self._digest = TransferDigest()
@@ -105,8 +107,13 @@ class Session:
         A target with a history that is not ours is compared by hash; nothing is believed.
         """
         self._instants_only = opened.state == "following"
+        reached = opened.reached
         if opened.state == "new":
             await self._fill()
+        elif reached is not None and self._can_go_on(reached):
+            name = self._source.record.disks[reached.disk].name
+            self.cause = f"the first copy was cut off at byte {reached.offset} of {name}"
+            await self._compare(reached)
         elif opened.generation == self._source.record.generation and opened.epoch is not None:
             if opened.epoch >= self._source.control.epoch:
                 raise FuseDiskError(
@@ -221,20 +228,49 @@ class Session:
         await self._begin(epoch, "fill")
         for disk in range(len(disks)):
             extents = self._source.data_extents(disk, 0, disks[disk].size)
-            await self._send_ranges(disk, ((o, o + n) for o, n in extents), holes=False)
+            await self._send_ranges(
+                disk, ((o, o + n) for o, n in extents), holes=False, epoch=epoch
+            )
         await self._commit(epoch, consistent=False)
 
-    async def _compare(self) -> None:
+    def _can_go_on(self, reached: m.Reached) -> bool:
+        """Whether what a target has of a pass that was cut off is part of our history."""
+        record = self._source.record
+        return (
+            reached.generation == record.generation
+            and reached.epoch < self._source.control.epoch
+            and reached.disk < len(record.disks)
+            and reached.offset <= record.disks[reached.disk].size
+        )
+
+    async def _compare(self, reached: m.Reached | None = None) -> None:
+        """Compare all, or go on from a point that a pass before had reached, towards its epoch.
+
+        Invariant: going on commits the epoch E of the pass that was cut off and closes no other.
+        All before the point was durable and as at E or newer. Beyond it the target has holes, what
+        it was adopted with, or what the pass had sent and a crash may have torn: nothing of that is
+        believed, holes and zeros included; where it is one hole, comparing costs no more than
+        filling. Whatever was written after E, on either side of the point, is in the captured pass
+        that follows, and only that makes the target an instant.
+        """
         await self.held()
-        self.on_phase("comparing")
-        epoch = await self._close_epoch()
         disks = self._source.record.disks
-        self.progress.begin("compare", [d.size for d in disks])
+        starts = [0] * len(disks)
+        if reached is None:
+            self.on_phase("comparing")
+            epoch = await self._close_epoch()
+        else:
+            self.on_phase("filling")
+            epoch = reached.epoch
+            starts[: reached.disk] = [d.size for d in disks[: reached.disk]]
+            starts[reached.disk] = reached.offset // m.HASH_BLOCK_BYTES * m.HASH_BLOCK_BYTES
+        self.progress.begin("compare", [d.size for d in disks], starts)
+        log.info("comparing %d bytes, because %s", sum(self.progress.left), self.cause)
         await self._begin(epoch, "compare")
         asking = (
             (disk, offset, min(m.HASH_LENGTH_MAX, d.size - offset))
             for disk, d in enumerate(disks)
-            for offset in range(0, d.size, m.HASH_LENGTH_MAX)
+            for offset in range(starts[disk], d.size, m.HASH_LENGTH_MAX)
         )
         # Several at a time: the target hashes while we do, and the link's delay is waited for once.
         asked = deque(islice(asking, _HASHES_AHEAD))
@@ -251,11 +287,21 @@ class Session:
             )
             await self._send_ranges(disk, ranges, holes=True, count=False)
             self._advance(disk, length)
+            await self._checkpoint(epoch, disk, offset + length)
         if self._instants_only:
             # Invariant: a target that has been one instant goes from there to another one.
             await self._read_again()
             epoch = await self._send_instant(epoch)
         await self._commit(epoch, consistent=self._instants_only)
+
+    async def _checkpoint(self, epoch: int, disk: int, offset: int) -> None:
+        """Let the target note now and then how far a long pass has come."""
+        now = trio.current_time()
+        if self._unread or now < self._checkpointed_at + _CHECKPOINT_SECONDS:
+            return
+        self._checkpointed_at = now
+        generation = self._source.record.generation
+        await self._link.send(m.Checkpoint(m.Reached(generation, epoch, disk, offset)))
 
     async def _close_epoch(self) -> int:
         before = time.time()
@@ -272,6 +318,7 @@ class Session:
     async def _begin(self, epoch: int, kind: str) -> None:
         self._digest = TransferDigest()
         self._unread = []
+        self._checkpointed_at = trio.current_time()
         self._working_since = trio.current_time()
         await self._link.send(m.Begin(epoch, kind))  # type: ignore[arg-type]
 
@@ -319,7 +366,9 @@ class Session:
         holes: bool,
         count: bool = True,
         readable: Readable | None = None,
+        epoch: int | None = None,
     ) -> None:
+        """Read and send; with an epoch the disk is sent from its begin, and checkpoints go out."""
         try:
             async with self._reader.reading(disk, ranges, readable) as batches:
                 waiting = trio.current_time()
@@ -332,6 +381,8 @@ class Session:
                     waiting = sent
                     if count:
                         self._advance(disk, batch.covered)
+                    if epoch is not None:
+                        await self._checkpoint(epoch, disk, batch.end)
                     self._reader.give_back(batch)
         except BaseExceptionGroup as group:
             raise first_error(group) from None

@@ -13,9 +13,11 @@ from fusedisk.image import keep_pages_small
 from fusedisk.mounting import find_state
 from fusedisk.replicas import Lag, lag_since
 from fusedisk.state import locked, read_mount_record
+from replicator.rates import Rates
 from replicator.transfers import read_into
 
 _QUIET_POLL_SECONDS = 0.001
+_MEASURE_SECONDS = 1.0
 
 
 class Source:
@@ -98,3 +100,13 @@ class Source:
                 start = first + count
                 ranges.append((first * changes.chunk_size, min(start * changes.chunk_size, size)))
         return ranges
+
+
+async def measure(source: Source, rates: Rates) -> None:
+    """Measure the dirty rate of a source until cancelled."""
+    while True:
+        # Closing an epoch raises the counter, so what is newer than the last one is in this.
+        closed = source.control.epoch - 1
+        lag = await trio.to_thread.run_sync(source.lag, closed)
+        rates.lag(closed, lag.bytes, trio.current_time())
+        await trio.sleep(_MEASURE_SECONDS)

@@ -87,6 +87,7 @@ TRANSITIONS: Final[Mapping[State, Rules]] = {
         Zero: (_SENDER, State.PASSING),
         m.HashRequest: (_SENDER, State.PASSING),
         m.Hashes: (_RECEIVER, State.PASSING),
+        m.Checkpoint: (_SENDER, State.PASSING),
         m.Commit: (_SENDER, State.COMMITTING),
         **_common(State.PASSING),
     },

@@ -46,6 +46,6 @@ def test_replica_is_a_point_after_every_kill(pair: Pair) -> None:
         earlier += found == before
         receiver = pair.receive()
     pair.wait_identical()
-    assert "compared the whole replica" not in sender.said
+    assert "bytes, because" not in sender.said
     assert sender.popen.poll() is None, sender.said
     print(f"{KILLS} kills, {earlier} left the point before")

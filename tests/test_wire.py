@@ -22,8 +22,7 @@ from replicator.wire import (
 
 ident = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 count = st.integers(0, m.OFFSET_MAX)
-u64 = st.integers(0, 2**64 - 1)
-disk = st.integers(0, m.DISKS_MAX - 1)
+u64, disk = st.integers(0, 2**64 - 1), st.integers(0, m.DISKS_MAX - 1)
 offset = st.integers(0, 2**62)
 
 
@@ -41,6 +40,7 @@ def hashes(draw: st.DrawFn) -> m.Hashes:
     return m.Hashes(draw(disk), start, position - start, segments)
 
 
+reached = st.builds(m.Reached, ident, count, disk, count)
 EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
     m.Hello: st.builds(
         m.Hello,
@@ -66,7 +66,9 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
         st.none() | count,
         st.none() | ident,
         st.booleans(),
+        st.none() | reached,
     ),
+    m.Checkpoint: st.builds(m.Checkpoint, reached),
     m.Begin: st.builds(m.Begin, count, st.sampled_from(["fill", "compare", "pass"])),
     Data: st.one_of(
         st.builds(Data.of, disk, offset, st.binary(min_size=1, max_size=300)),
@@ -182,6 +184,7 @@ def example(kind: type[Event]) -> Event:
             65538,
             [m.Segment(0, 65537, False, bytes(range(32))), m.Segment(65537, 1, True, b"")],
         ),
+        m.Checkpoint: m.Checkpoint(m.Reached("gen", 3, 1, 1 << 20)),
         m.Committed: m.Committed("gen", 3),
         m.ReadRequest: m.ReadRequest(0, 0, 65537),
         m.Aborted: m.Aborted("t"),

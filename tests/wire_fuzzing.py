@@ -63,6 +63,7 @@ def _event(kind: type[Event], noise: random.Random, offered: list[int]) -> Event
         m.HashRequest: m.HashRequest(0, offset, length),
         m.Hashes: m.Hashes(0, offset, length, [m.Segment(offset, length, True, b"")]),
         m.Commit: m.Commit(name, 7, 3, noise.randbytes(16)),
+        m.Checkpoint: m.Checkpoint(m.Reached(name, 7, 0, offset)),
         m.Committed: m.Committed(name, 7),
         m.Promote: m.Promote(name, 7),
         m.Promoted: m.Promoted(name, 7),
