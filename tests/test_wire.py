@@ -207,7 +207,7 @@ def test_event_survives_the_wire(event: Event) -> None:
     [received] = ends[other(role)].receive_data(b"".join(ends[role].send(event)))
     assert received == event
     assert ends["sender"].state == ends["receiver"].state == TRANSITIONS[state][type(event)][1]
-    if isinstance(received, Data):
+    if isinstance(received, Data) and not received.packed_from:
         received.content()
 
 
