@@ -10,7 +10,7 @@ the chunk was not part of the capture.
 Shared memory, in the first page of the control file (fusedisk.changemap):
 
 offset 72            u64: bit i set = capture i is open
-offset 1024 + 128 i  u64 state (1 closing, 2 closed, 3 given up), u64 since (A), u64 epoch (E),
+offset 1024 + 128 i  u64 state (E << 2 | 1 closing, 2 closed, 3 given up), u64 since (A), u64 epoch (E),
                      u64 cursor (disk << 48 | chunk: everything before it has been read),
                      u64 records (taken in the spill), u64 limit (records), u64 sequence
 
@@ -45,7 +45,6 @@ cdef extern from *:
     #include <stdint.h>
     #include <stdlib.h>
     #include <string.h>
-    #include <sys/uio.h>
     #include <unistd.h>
 
     struct fd_capture { uint64_t state, since, epoch, cursor, records, limit, sequence; };
@@ -91,16 +90,19 @@ cdef extern from *:
     }
     static int fd_all_zero(const char *data, uint64_t length)
     { return length == 0 || (data[0] == 0 && memcmp(data, data + 1, length - 1) == 0); }
+    static int fd_write_whole(int fd, const char *data, uint64_t length, int64_t offset)
+    {
+        ssize_t n;
+        do { n = pwrite(fd, data, length, offset); } while (n < 0 && errno == EINTR);
+        return n == (ssize_t)length ? 0 : -1;
+    }
+    /* The head comes last: a server that is killed in between leaves no record. */
     static int fd_append(int fd, struct fd_record *head, const char *data, uint64_t length,
                          int64_t offset)
     {
-        static const char padding[4096];
-        struct iovec parts[3] = {{head, sizeof *head},
-                                 {(void *)padding, sizeof padding - sizeof *head},
-                                 {(void *)data, length}};
-        ssize_t want = sizeof padding + length, n;
-        do { n = pwritev(fd, parts, 3, offset); } while (n < 0 && errno == EINTR);
-        return n == want ? 0 : -1;
+        if (length && fd_write_whole(fd, data, length, offset + 4096))
+            return -1;
+        return fd_write_whole(fd, (const char *)head, sizeof *head, offset);
     }
     static char *fd_buffer(uint64_t length)
     {
@@ -134,7 +136,9 @@ cdef extern from *:
     void free(void *p) nogil
     int sched_yield() nogil
 
-cdef uint64_t _CLOSING = 1, _CLOSED = 2, _GIVEN_UP = 3
+# In the low bits of a state, above which stands the epoch: so a change of state that comes late can
+# never meet another capture in the same place.
+cdef uint64_t _CLOSING = 1, _CLOSED = 2, _GIVEN_UP = 3, _CODE = 3
 cdef uint64_t _HEAD = 4096
 cdef uint64_t _ZERO = 1
 
@@ -204,13 +208,13 @@ cdef bint _await_closed(
     cdef uint64_t state
     while True:
         state = fd_get(&capture.state)
-        if fd_get(&capture.epoch) >= epoch or fd_get(&capture.sequence) != sequence:
+        if state >> 2 >= epoch or fd_get(&capture.sequence) != sequence:
             return False
-        if state != _CLOSING:
-            return state == _CLOSED
+        if state & _CODE != _CLOSING:
+            return state & _CODE == _CLOSED
         # Whoever sees it quiet says so: no writer waits for the reader, which may be dead.
-        if quiet(control, <uint32_t>fd_get(&capture.epoch)):
-            fd_swap(&capture.state, _CLOSING, _CLOSED)
+        if quiet(control, <uint32_t>(state >> 2)):
+            fd_swap(&capture.state, state, state + 1)
         else:
             sched_yield()
 
@@ -231,7 +235,7 @@ cdef uint64_t _wanting(
             captures >> i & 1
             and fd_get(&capture.since) < last <= fd_get(&capture.epoch)
             and fd_get(&capture.cursor) <= (<uint64_t>disk << 48 | chunk)
-            and fd_get(&capture.state) == _CLOSED
+            and fd_get(&capture.state) & _CODE == _CLOSED
         ):
             found |= 1ULL << i
     return found
@@ -264,7 +268,7 @@ cdef void _copy(
         )
         if not kept:
             # The guest goes on; the capture's reader finds out before it believes anything.
-            fd_swap(&capture.state, _CLOSED, _GIVEN_UP)
+            _give_up(capture)
 
 
 cdef void _end_capture(char *control, int index) noexcept:
@@ -272,6 +276,12 @@ cdef void _end_capture(char *control, int index) noexcept:
     fd_put(&_slot(control, index).state, 0)
     # No writer's epoch is beyond this one: who looks while the next capture is set up finds nothing.
     fd_put(&_slot(control, index).epoch, <uint64_t>-1)
+
+
+cdef void _give_up(fd_capture *capture) noexcept nogil:
+    cdef uint64_t state = fd_get(&capture.state)
+    if state & _CODE == _CLOSED:
+        fd_swap(&capture.state, state, state + 1)
 
 
 class NoCapture(Exception):
@@ -311,7 +321,7 @@ cdef class Capture:
             fd_put(&self._capture.sequence, secrets.randbits(63) | 1)
             guess = control.epoch
             fd_put(&self._capture.epoch, guess)
-            fd_put(&self._capture.state, _CLOSING)
+            fd_put(&self._capture.state, <uint64_t>guess << 2 | _CLOSING)
             fd_bits(_open_bits(control.base), 1ULL << self._index, 0)
             # Invariant: the bit and the epoch are there before anybody can write in the next one.
             self.epoch = control.advance()
@@ -339,14 +349,17 @@ cdef class Capture:
 
     def closed(self):
         """Whether nobody writes in the captured epoch any more."""
-        if fd_get(&self._capture.state) == _CLOSING and self._control.quiet(self.epoch):
-            fd_swap(&self._capture.state, _CLOSING, _CLOSED)
-        return fd_get(&self._capture.state) != _CLOSING
+        cdef uint64_t state = fd_get(&self._capture.state)
+        if not self._control.quiet(self.epoch):
+            return False
+        if state & _CODE == _CLOSING:
+            fd_swap(&self._capture.state, state, state + 1)
+        return True
 
     @property
     def intact(self):
         """Whether everything read so far was the captured state; once false, for good."""
-        return fd_get(&self._capture.state) in (_CLOSING, _CLOSED)
+        return fd_get(&self._capture.state) & _CODE in (_CLOSING, _CLOSED)
 
     @property
     def spilled_bytes(self):
@@ -410,7 +423,7 @@ cdef class Capture:
         record = self._found.get((disk, chunk))
         if record is None:
             # Given up, or read out of order: either way this is not the captured state.
-            fd_put(&self._capture.state, _GIVEN_UP)
+            _give_up(self._capture)
             return
         index, flags = record
         if flags & _ZERO:
@@ -434,7 +447,9 @@ cdef class Capture:
             ):
                 gap = True
                 continue
-            self._found.setdefault((head.disk, head.chunk), (record, head.flags))
+            # The last one counts: a copy whose maker was killed is followed by another one before
+            # the chunk is marked.
+            self._found[head.disk, head.chunk] = (record, head.flags)
             if not gap:
                 self._scanned = record + 1
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fusedisk.changemap import Control
+from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import read_fence
 
 
@@ -38,8 +39,21 @@ def release_if_abandoned(state: Path, control: Control, images: Iterable[Path]) 
         return
     try:
         if control.gated:
-            if read_fence(images) is not None:
-                control.set_fence(True)
-            control.set_gate(False)
+            open_gate(control, images)
     finally:
         os.close(fd)
+
+
+def open_gate(control: Control, images: Iterable[Path]) -> None:
+    """Let writers through, or refuse them where a promotion is on record; the caller has the lease.
+
+    Invariant: with a promotion begun and not settled, the gate opens only behind the fence.
+    """
+    try:
+        begun = read_fence(images) is not None
+    except FuseDiskError:
+        # A record that cannot be read is a record.
+        begun = True
+    if begun:
+        control.set_fence(True)
+    control.set_gate(False)

@@ -24,6 +24,8 @@ from fusedisk.changemap import ChangeMap, Control
 from fusedisk.errors import FuseDiskError
 from fusedisk.image import Image, stamp
 
+_EPOCHS_BEYOND = 1024
+
 
 class Disk(msgspec.Struct, forbid_unknown_fields=True):
     """One disk of a mount. Sizes are bytes."""
@@ -233,6 +235,9 @@ def record_clean(
     for changes in maps:
         changes.sync()
     mark = CleanMark(
-        read_mount_record(directory).generation, control.epoch, [stamp(fd) for fd in fds]
+        read_mount_record(directory).generation,
+        # Senders may close a few more epochs before they notice the end of the mount.
+        control.epoch + _EPOCHS_BEYOND,
+        [stamp(fd) for fd in fds],
     )
     write_durably(directory / "clean.json", msgspec.json.encode(mark))

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import FenceRecord
-from fusedisk.gate import take_lease
+from fusedisk.gate import open_gate, take_lease
 from fusedisk.units import format_size
 from replicator.estimate import Estimate
 from replicator.guest import Guest, held_guest
@@ -300,7 +300,8 @@ class Cutover:
             self._source.control.set_gate(True)
             yield
         finally:
-            self._source.control.set_gate(False)
+            images = [Path(disk.path) for disk in self._source.record.disks]
+            open_gate(self._source.control, images)
             os.close(lease)
 
     async def _hook(

@@ -167,6 +167,9 @@ class Session:
                         await self._send_ranges(disk, ranges[disk], holes=True, readable=captured)
                 finally:
                     self.captured = None
+                if not self._source.mounted:
+                    # Invariant: who writes to another mount of the disks marks another map.
+                    raise FuseDiskError("the mount is gone; mount it again and start again")
                 if captured.intact and not self._unread:
                     return captured.epoch
                 reason = "a part of it could not be read" if self._unread else "the spill is full"

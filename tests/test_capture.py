@@ -176,6 +176,27 @@ def test_a_dead_readers_capture_is_ended(disks: Disks) -> None:
     assert (disks.folder / "spill.1").stat().st_size == 0
 
 
+def test_a_copy_that_was_cut_short_does_not_hide_the_next_one(disks: Disks) -> None:
+    """A server killed within a copy has not marked the chunk, so the next one copies it again."""
+    disks.disks[0].write(b"captured" * 512, 0)
+    capture = disks.capture(0)
+    disks.disks[0].write(b"later", 0)
+    room = 4096 + CHUNK
+    with (disks.folder / "spill.0").open("r+b") as spill:
+        whole = spill.read(room)
+        spill.seek(room)
+        spill.write(whole)
+        # What the kernel may have let through of the first: its head, and none of its data.
+        spill.seek(4096)
+        spill.write(bytes(CHUNK))
+    records = 1024 + 4 * 8
+    with (disks.folder / "control").open("r+b") as control:
+        control.seek(records)
+        control.write(struct.pack("<Q", 2))
+    assert disks.read(capture)[0][0] == b"captured" * 512
+    assert capture.intact
+
+
 def test_no_spill_file_no_capture(disks: Disks) -> None:
     disks.disks[0].write(b"d", 0)
     capture = disks.capture(0)
