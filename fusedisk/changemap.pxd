@@ -35,6 +35,7 @@ cdef class _Mapping:
 
 cdef class Control(_Mapping):
     cdef uint64_t *word
+    cdef uint64_t *_limit
 
 cdef class ChangeMap(_Mapping):
     cdef readonly uint64_t size

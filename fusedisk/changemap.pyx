@@ -6,6 +6,7 @@ Two kinds of file, both little endian and local to one host:
 control file   offset 0   8 bytes magic ``FDCTRL1\\0``
                offset 64  u64 control word: bits 0-31 epoch, bit 32 gate, bit 33 fence, bit 34 doubt
                offset 72 and from 1024 on: open captures (fusedisk.capture)
+               offset 128 u64 the last epoch that may be opened (fusedisk.epochs)
                offset 4096, one slot every 64 bytes (a cache line): u64 announced word, 0 = free
 map file       offset 0   8 bytes magic ``FDMAP01\\0``, u64 disk size, u64 chunk size (bytes)
                offset 4096 u32 summary[pages]: the highest mark in each page of marks; 0 = the page
@@ -77,6 +78,7 @@ cdef uint64_t DOUBT_BIT = 1ULL << 34
 cdef Py_ssize_t SLOT_COUNT = 512
 cdef Py_ssize_t PAGE_MARKS = 1024
 
+_LIMIT_OFFSET = 128
 _CONTROL_MAGIC = b"FDCTRL1\0"
 _MAP_MAGIC = b"FDMAP01\0"
 
@@ -198,6 +200,9 @@ cdef class _Mapping:
     def __dealloc__(self):
         if self.base != NULL:
             PyBuffer_Release(&self._view)
+        # Also where the file turned out to be none of ours, or empty after a crash.
+        if self.fd >= 0:
+            os.close(self.fd)
 
     cdef _check_open(self):
         if self.base == NULL:
@@ -218,14 +223,18 @@ cdef class Control(_Mapping):
     """
 
     @staticmethod
-    def create(path, epoch):
-        """Make the control file at ``path`` (replacing none) with ``epoch`` open, 1 or higher."""
-        if not 1 <= epoch <= EPOCH_MAX:
+    def create(path, epoch, limit=EPOCH_MAX):
+        """Make the control file at ``path`` (replacing none) with ``epoch`` open, 1 or higher.
+
+        No epoch beyond ``limit`` is opened until that is raised; see fusedisk.epochs.
+        """
+        if not 1 <= epoch <= limit <= EPOCH_MAX:
             raise ValueError(f"epoch {epoch} is out of range")
         with open(path, "xb") as file:
             head = bytearray(PAGE + SLOTS * 64)
             head[: len(_CONTROL_MAGIC)] = _CONTROL_MAGIC
             head[64:72] = epoch.to_bytes(8, "little")
+            head[_LIMIT_OFFSET : _LIMIT_OFFSET + 8] = limit.to_bytes(8, "little")
             file.write(head)
         return Control(path, True)
 
@@ -233,12 +242,24 @@ cdef class Control(_Mapping):
         if len(self._map) < PAGE + SLOTS * 64 or self._map[:8] != _CONTROL_MAGIC:
             raise ValueError(f"{path} is not a control file")
         self.word = <uint64_t *>(self.base + 64)
+        self._limit = <uint64_t *>(self.base + 128)
 
     @property
     def epoch(self):
         """The epoch that is open now."""
         self._check_open()
         return fd_load(self.word) & EPOCH_MASK
+
+    @property
+    def limit(self):
+        """The last epoch that may be opened; settable by whoever made a higher bound durable."""
+        self._check_open()
+        return fd_load(self._limit)
+
+    @limit.setter
+    def limit(self, uint64_t limit):
+        self._own()
+        fd_store(self._limit, limit)
 
     @property
     def gated(self):
@@ -258,6 +279,11 @@ cdef class Control(_Mapping):
         self._check_open()
         return bool(fd_load(self.word) & DOUBT_BIT)
 
+    def set_doubt(self):
+        """Note that data may be lost which was written: no clean mark, nothing off the record."""
+        self._own()
+        doubt(self.base)
+
     def _own(self):
         self._check_open()
         if not self.writable:
@@ -268,6 +294,8 @@ cdef class Control(_Mapping):
         self._own()
         if self.epoch >= EPOCH_MAX:
             raise OverflowError("epochs are used up; mount with a new state directory")
+        if self.epoch >= fd_load(self._limit):
+            raise OverflowError("no epoch is reserved; see fusedisk.epochs")
         return fd_add(self.word, 1) & EPOCH_MASK
 
     def quiet(self, epoch):

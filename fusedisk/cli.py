@@ -44,6 +44,7 @@ def _mode(_: click.Context, __: click.Parameter, text: str) -> int:
 @click.option("--chunk-size", callback=_size, default="64KiB", show_default=True)
 @click.option("--state-dir", type=PATH, help="Default: beside the first.")
 @click.option("--read-only", is_flag=True)
+@click.option("--distrust", is_flag=True, help="Compare all replicas in full, by hash.")
 @click.option("--allow-other", is_flag=True, help="Let other users in, as far as the mode does.")
 @click.option("--uid", type=click.IntRange(0, 2**32 - 2))
 @click.option("--gid", type=click.IntRange(0, 2**32 - 2))
@@ -56,6 +57,7 @@ def mount(
     chunk_size: int,
     state_dir: Path | None,
     read_only: bool,
+    distrust: bool,
     allow_other: bool,
     uid: int | None,
     gid: int | None,
@@ -67,6 +69,7 @@ def mount(
         chunk_size=chunk_size,
         state_dir=state_dir,
         read_only=read_only,
+        distrust=distrust,
         allow_other=allow_other,
         uid=uid,
         gid=gid,
@@ -79,9 +82,8 @@ def mount(
             "fusedisk: Linux is older than 6.9: a crash of the disk server will not be survived",
             err=True,
         )
-    if mounted.distrust:
-        said = f"the change map is not trusted and begins anew: {mounted.distrust}"
-        click.echo(f"fusedisk: {said}", err=True)
+    if mounted.notice:
+        click.echo(f"fusedisk: {mounted.notice}", err=True)
     if foreground:
         mounting.stay(mounted, signals)
 

@@ -3,6 +3,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fusedisk.capture cimport Spills
+from fusedisk.activity cimport Activity, ActivityLog
 from fusedisk.changemap cimport ChangeMap, Control, Marks
 
 cdef enum:
@@ -16,6 +17,8 @@ cdef struct DiskIO:
     char *control
     Marks marks
     Spills spills
+    Activity *activity
+    uint64_t first_region
     uint64_t dirty_bytes
     uint64_t writeback_bytes
     int writeback
@@ -34,3 +37,4 @@ cdef class Disk:
     cdef DiskIO io
     cdef Control _control
     cdef ChangeMap _changes
+    cdef ActivityLog _activity

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+from fusedisk.activity import ActivityLog
 from fusedisk.changemap import ChangeMap, Control
 
 class Disk:
@@ -13,6 +14,8 @@ class Disk:
         writeback: int = -1,
         index: int = 0,
         spills: Sequence[int] = (),
+        activity: ActivityLog | None = None,
+        first_region: int = 0,
     ) -> None: ...
     @property
     def fd(self) -> int: ...

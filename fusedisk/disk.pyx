@@ -12,6 +12,7 @@ import os
 from libc.errno cimport EIO, EINTR, EINVAL, ENODATA, ENOSPC, ENXIO, EOPNOTSUPP, EROFS
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fusedisk.activity cimport REGION_SHIFT, ActivityLog, heat
 from fusedisk.capture cimport CAPTURES_MAX, captures_open, preserve
 from fusedisk.changemap cimport (
     FENCED, GATED, ChangeMap, Control, doubt, enter, held, leave, raise_marks,
@@ -147,7 +148,10 @@ cdef int64_t disk_write(
     result = enter(disk.control, slot, &slot, &epoch)
     if result:
         return _refusal(<int>result)
-    result = _mark(disk, epoch, offset, length)
+    # Invariant: the region is on record before its data changes, within the announcement.
+    result = -heat(disk.activity, disk.first_region, offset, length)
+    if result == 0:
+        result = _mark(disk, epoch, offset, length)
     if result == 0:
         result = fd_pwrite_all(disk.fd, data, length, offset)
     leave(disk.control, slot)
@@ -188,7 +192,9 @@ cdef int64_t disk_zero(
         hole = min(hole, <int64_t>end)
         if hole <= data:
             continue
-        result = _mark(disk, epoch, at, hole - data)
+        result = -heat(disk.activity, disk.first_region, at, hole - data)
+        if result == 0:
+            result = _mark(disk, epoch, at, hole - data)
         if result == 0:
             result = fd_punch(disk.fd, data, hole - data)
         if result:
@@ -233,19 +239,27 @@ cdef class Disk:
     The methods are the data path's functions with Python's types and exceptions: OSError, Gated
     or Fenced. ``writeback`` is an eventfd that is written to when writeback should begin, or -1.
     ``index`` is the disk's place in the mount, ``spills`` come from fusedisk.capture.open_spills.
+    In ``activity``, where one is kept, the disk's regions start at ``first_region``.
     """
 
     def __cinit__(
         self, Control control not None, ChangeMap changes not None, int fd, *,
         bint read_only=False, int writeback=-1, uint32_t index=0, spills=(),
+        ActivityLog activity=None, uint64_t first_region=0,
     ):
         if not read_only and not (control.writable and changes.writable):
             raise ValueError("the mapping is read-only")
-        self._control, self._changes = control, changes
+        if activity is not None and (
+            first_region + ((changes.size - 1) >> REGION_SHIFT) >= activity.log.regions
+        ):
+            raise ValueError("the activity log is too short for the disk")
+        self._control, self._changes, self._activity = control, changes, activity
         self.io.fd, self.io.size = fd, changes.size
         self.io.read_only = read_only
         self.io.control = control.base
         self.io.marks = changes.map
+        self.io.activity = NULL if activity is None else &activity.log
+        self.io.first_region = first_region
         self.io.writeback = writeback
         self.io.index = index
         for i in range(CAPTURES_MAX):

@@ -19,8 +19,9 @@ from fusedisk.image import Image, create_image, open_image
 from fusedisk.keeper import survives_crashes
 from fusedisk.keeper import unmount as fusermount
 from fusedisk.lineage import read_base
+from fusedisk.preparing import prepare
 from fusedisk.signals import StopSignals
-from fusedisk.state import default_state_dir, lock_state, locked, prepare
+from fusedisk.state import default_state_dir, lock_state, locked
 
 _FLUSH_SECONDS_MAX = 600.0
 _UPGRADE_SECONDS_MAX = 60.0
@@ -38,15 +39,16 @@ class MountOptions:
     uid: int | None = None
     gid: int | None = None
     mode: int = 0o600
+    distrust: bool = False
 
 
 @dataclass(frozen=True)
 class Mounted:
-    """A mount that is usable; ``distrust`` says why its change maps began anew, if they did."""
+    """A mount that is usable; ``notice`` is what the user should know of its change maps."""
 
     keeper: subprocess.Popen[bytes]
     state: Path
-    distrust: str | None
+    notice: str | None
 
 
 def find_state(mountpoint: Path) -> Path:
@@ -119,13 +121,14 @@ def mount(
         _check_path("state directory", state)
         base = read_base(opened, read_only=options.read_only)
         lock = lock_state(state)
-        distrust = prepare(
+        notice = prepare(
             state,
             mountpoint.resolve(),
             opened,
             options.chunk_size,
             read_only=options.read_only,
             base=base,
+            distrust=options.distrust,
         )
         if read_fence(image.path for image in opened) is not None:
             control = Control(state / "control", True)
@@ -146,7 +149,7 @@ def mount(
             os.close(image.fd)
         if lock >= 0:
             os.close(lock)
-    return Mounted(keeper, state, distrust)
+    return Mounted(keeper, state, notice)
 
 
 def stay(mounted: Mounted, signals: StopSignals) -> None:

@@ -20,8 +20,10 @@ from typing import TypeVar
 import pyfuse3
 import trio
 
+from fusedisk.activityfile import first_regions
 from fusedisk.capture import end_abandoned, open_spills
 from fusedisk.changemap import ChangeMap, Control
+from fusedisk.checkpoint import keep_checkpoints, open_log, try_to_give_up
 from fusedisk.datapath import DataPath
 from fusedisk.disk import Disk
 from fusedisk.filesystem import DiskFilesystem, NamedDisk
@@ -47,6 +49,8 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     control.clear_announcements()
     maps = [ChangeMap(state / f"{i}.map", True) for i in range(len(record.disks))]
     fds: list[int] = arguments.images
+    activity = open_log(state, record)
+    firsts = first_regions([disk.size for disk in record.disks])
     writeback = os.eventfd(0)
     spills = open_spills(str(state))
     path = DataPath(
@@ -60,6 +64,8 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
                 writeback=writeback,
                 index=index,
                 spills=spills,
+                activity=activity,
+                first_region=firsts[index],
             )
             for index, (fd, changes) in enumerate(zip(fds, maps, strict=True))
         ],
@@ -79,7 +85,11 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     # libfuse 3.3 and later takes a descriptor that speaks FUSE in place of a mountpoint.
     pyfuse3.init(operations, f"/dev/fd/{path.session.detach()}", set())
     try:
-        unmounted = await _run(path, arguments, control, resume)
+        async with trio.open_nursery() as background:
+            if activity is not None and not record.read_only:
+                background.start_soon(keep_checkpoints, activity, state, control, fds)
+            unmounted = await _run(path, arguments, control, resume)
+            background.cancel_scope.cancel()
     finally:
         pyfuse3.close(unmount=False)
     if not unmounted:
@@ -88,11 +98,17 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     # The kernel has let go of the device: nobody can write any more.
     if control.doubtful:
         log.error("a flush failed while it was mounted, so there is no clean mark")
+        # Invariant: nor does the next mount take it for a crash, which costs what is on record.
+        await trio.to_thread.run_sync(try_to_give_up, state)
         return FLUSH_FAILED
+    # Invariant: the kernel reports a failed flush once. A server that follows on one killed right
+    # after that must not take its own, which succeeds, for the truth.
+    control.set_doubt()
     try:
         await trio.to_thread.run_sync(record_clean, state, fds, control, maps)
     except OSError:
         log.exception("the last flush failed, so there is no clean mark")
+        await trio.to_thread.run_sync(try_to_give_up, state)
         return FLUSH_FAILED
     log.info("unmounted, clean")
     return 0

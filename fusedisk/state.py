@@ -3,18 +3,18 @@
     lock          flock held by the keeper and the server; held = mounted
     mount.json    source id, generation, disks; replaced by rename
     clean.json    the clean mark: present only after a clean unmount, removed before serving
+    activity      regions that a crash of the host may have damaged (fusedisk.activityfile)
+    epochs        a bound of the epoch counter (fusedisk.epochs)
     control       control word and announcements (fusedisk.changemap), made anew by each mount
     N.map         change map of disk N
     init          the kernel's INIT request, for a server that has to go on after another
     pids.json     who keeps and serves the mount, and how often the server was started again
 
-A crash at any step leaves no clean mark, so the next mount begins a new generation with empty maps,
-and replicas of an older generation are compared by hash.
+What the next mount makes of it, also after a crash, is decided in fusedisk.preparing.
 """
 
 import fcntl
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import msgspec
 
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.errors import FuseDiskError
-from fusedisk.image import Image, stamp
+from fusedisk.image import stamp
 
 _EPOCHS_BEYOND = 1024
 
@@ -48,6 +48,9 @@ class MountRecord(msgspec.Struct, forbid_unknown_fields=True):
     read_only: bool
     disks: list[Disk]
     base: str | None = None
+    # Where and when it was mounted: the boot, and the inode of each image (0 for a device).
+    boot_id: str = ""
+    inodes: list[int] = []
 
 
 class CleanMark(msgspec.Struct, forbid_unknown_fields=True):
@@ -127,103 +130,6 @@ def read_mount_record(directory: Path) -> MountRecord:
         return msgspec.json.decode((directory / "mount.json").read_bytes(), type=MountRecord)
     except (OSError, msgspec.MsgspecError) as error:
         raise FuseDiskError(f"{directory / 'mount.json'} is missing or damaged: {error}") from None
-
-
-def prepare(
-    directory: Path,
-    mountpoint: Path,
-    images: Sequence[Image],
-    chunk_size: int,
-    *,
-    read_only: bool,
-    base: str | None = None,
-) -> str | None:
-    """Decide whether the maps are trusted and leave the directory ready for the server.
-
-    ``base`` is the promotion that the images are the unchanged disks of: a generation that is not
-    of it ends there. Returns why the maps were not trusted, or None where they were or this is the
-    first mount. The caller holds the lock. Afterwards no clean mark exists, durably.
-    """
-    disks = [Disk(i.name, str(i.path), i.size, chunk_size) for i in images]
-    first = not (directory / "mount.json").exists() and not any(directory.glob("*.map"))
-    old, mark, reason = _judge(directory, disks, images)
-    anew = reason is not None or (base is not None and old is not None and old.base != base)
-    # A sender may have closed epochs after the clean mark was taken: the counter goes beyond both.
-    epoch = max(mark.epoch if mark else 0, _epoch_seen(directory)) + 1
-    record = MountRecord(
-        old.source_id if old else _source_id(images),
-        old.generation if old and not anew else str(uuid.uuid4()),
-        str(mountpoint),
-        read_only,
-        disks,
-        base if anew or old is None else old.base,
-    )
-    # Invariant: the clean mark is durably gone before the first write.
-    (directory / "clean.json").unlink(missing_ok=True)
-    sync_directory(directory)
-    if anew:
-        for leftover in directory.glob("*.map"):
-            leftover.unlink()
-        for index, disk in enumerate(disks):
-            ChangeMap.create(directory / f"{index}.map", disk.size, chunk_size).close()
-    # An INIT request kept from another mount must never be given to a server of this one.
-    (directory / "init").unlink(missing_ok=True)
-    (directory / "control").unlink(missing_ok=True)
-    Control.create(directory / "control", epoch).close()
-    write_durably(directory / "mount.json", msgspec.json.encode(record))
-    # A map that begins anew with a promotion says all that changed since: nothing is lost.
-    return None if first or base is not None else reason
-
-
-def _judge(
-    directory: Path, disks: list[Disk], images: Sequence[Image]
-) -> tuple[MountRecord | None, CleanMark | None, str | None]:
-    """(old record, clean mark, why the maps cannot be trusted)."""
-    try:
-        old = read_mount_record(directory)
-    except FuseDiskError:
-        return None, None, "its state was lost"
-    if old.disks != disks:
-        return old, None, "the disks are not the ones mounted before"
-    try:
-        mark = msgspec.json.decode((directory / "clean.json").read_bytes(), type=CleanMark)
-    except (OSError, msgspec.MsgspecError):
-        return old, None, "it was not unmounted cleanly"
-    if mark.generation != old.generation or len(mark.stamps) != len(images):
-        return old, None, "its clean mark belongs to another mount"
-    for image, before in zip(images, mark.stamps, strict=True):
-        if stamp(image.fd) != before:
-            return old, mark, f"image {image.name} changed while it was not mounted"
-    for index, disk in enumerate(disks):
-        try:
-            changes = ChangeMap(directory / f"{index}.map")
-        except (OSError, ValueError):
-            return old, mark, f"the change map of {disk.name} is missing or damaged"
-        fits = (changes.size, changes.chunk_size) == (disk.size, disk.chunk_size)
-        changes.close()
-        if not fits:
-            return old, mark, f"the change map of {disk.name} is of another disk"
-    return old, mark, None
-
-
-def _epoch_seen(directory: Path) -> int:
-    """The epoch that the last mount reached, as far as it can still be read."""
-    try:
-        control = Control(directory / "control")
-    except (OSError, ValueError):
-        return 0
-    epoch = control.epoch
-    control.close()
-    return epoch
-
-
-def _source_id(images: Sequence[Image]) -> str:
-    """The same for the same images on the same machine, so that lost state costs a comparison."""
-    try:
-        machine = Path("/etc/machine-id").read_text().strip()
-    except OSError:
-        machine = os.uname().nodename
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, "\n".join([machine, *(str(i.path) for i in images)])))
 
 
 def record_clean(

@@ -6,6 +6,7 @@ from types import TracebackType
 import trio
 
 from fusedisk.capture import Capture, NoCapture
+from fusedisk.epochs import reserve
 from fusedisk.errors import FuseDiskError
 from replicator.source import Source
 
@@ -98,9 +99,12 @@ async def capture(source: Source, since: int, spill_bytes: int) -> CapturedSourc
 
     ``spill_bytes`` are the room for copies; where they are not enough the capture is given up.
 
-    Waits for a place where too many captures are open. Raises FuseDiskError when the mount is gone.
+    Waits for a place where too many captures are open. Raises FuseDiskError when the mount is gone,
+    OSError when the bound of the epochs cannot be written.
     """
     while True:
+        # Invariant: the bound is durably beyond what a capture opens.
+        await trio.to_thread.run_sync(reserve, source.state, source.control)
         try:
             opened = Capture(
                 str(source.state),

@@ -7,6 +7,7 @@ from pathlib import Path
 import trio
 
 from fusedisk.changemap import ChangeMap, Control
+from fusedisk.epochs import reserve
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import data_extents
 from fusedisk.image import keep_pages_small
@@ -61,6 +62,7 @@ class Source:
 
         Invariant: every write of the returned epoch is marked and in the image by then.
         """
+        await trio.to_thread.run_sync(reserve, self.state, self.control)
         epoch = self.control.advance()
         # Invariant: an epoch is the sender's only if it was closed in the counter of this mount; a
         # later mount continues beyond it.

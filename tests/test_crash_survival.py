@@ -358,7 +358,7 @@ def test_keeper_and_server_killed(mounted: Mount, busy: bool) -> None:
     finally:
         if busy:
             close_dead(fd)
-    assert "was not unmounted cleanly" in mounted.mount()
+    assert "not unmounted cleanly" in mounted.mount()
 
 
 def test_a_server_that_cannot_start_is_tried_again_ever_more_seldom(
@@ -395,7 +395,7 @@ def test_servers_that_cannot_start_end_with_the_mount(mounted: Mount) -> None:
     result = fusedisk("unmount", mounted.mountpoint)
     assert result.returncode == 1 and "a flush failed" in result.stderr
     mounted.wait_ended()
-    assert "was not unmounted cleanly" in mounted.mount()
+    assert "not unmounted cleanly" in mounted.mount()
 
 
 def test_upgrade_under_load_fails_no_request(mounted: Mount, load: Load) -> None:
@@ -495,4 +495,6 @@ def test_a_failed_flush_leaves_no_clean_mark(
     result = fusedisk("unmount", mount.mountpoint)
     assert result.returncode == 1 and "a flush failed" in result.stderr
     mount.wait_ended()
-    assert "was not unmounted cleanly" in mount.mount()
+    # The counter's file may not survive the host; what is believed after a crash is gone, durably.
+    assert not (mount.state / "activity").exists()
+    assert "was not unmounted cleanly, and a flush failed" in mount.mount()

@@ -153,7 +153,7 @@ def test_a_comparison_of_a_followed_replica_ends_with_one_instant(pair: Pair) ->
     pair.receive()
     pair.once()
     pair.mount.crash()
-    assert "not trusted" in pair.mount.mount()
+    assert "not trusted" in pair.mount.mount("--distrust")
     with OrderedWriters(pair, seed=9) as writers:
         wait_for(lambda: len(writers.history) > 100, "there is something to copy")
         assert "bytes, because" in pair.once().said

@@ -242,11 +242,17 @@ def test_existing_images_become_identical(pair: Pair) -> None:
     pair.assert_holes_kept()
 
 
-def test_replica_is_compared_after_a_crash(pair: Pair) -> None:
+def test_replica_goes_on_after_a_crash_and_is_compared_if_nothing_is_believed(pair: Pair) -> None:
     pair.receive()
     pair.once()
     guest_write(pair.mount.disk(), b"f" * CHUNK, 27 * CHUNK)
     pair.mount.crash()
+    assert "will be sent again" in pair.mount.mount()
+    assert "compared the whole replica" not in pair.once().said
+    assert pair.identical()
+    guest_write(pair.mount.disk(), b"g" * CHUNK, 28 * CHUNK)
+    pair.mount.crash()
+    (pair.mount.state / "activity").unlink()
     assert "not trusted" in pair.mount.mount()
     assert "bytes, because" in pair.once().said
     assert pair.identical()
