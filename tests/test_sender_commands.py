@@ -273,7 +273,7 @@ def test_a_bar_on_a_terminal(pair: Pair) -> None:
     process, drawn = on_terminal(*words, where, pair.address)
     try:
         wait_for(lambda: "left" in drawn(), "the bar says how long it takes")
-        for part in ("filling", "disk0.img", "disk1.img", "all", "━", "KiB/s", "\x1b["):
+        for part in ("filling", "disk0.img", "disk1.img", "all", "━", "iB/s", "\x1b["):
             assert part in drawn()
         assert process.wait(30) == 0
         wait_for(lambda: "up to date at epoch" in drawn(), "the end is shown")
