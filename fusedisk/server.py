@@ -188,7 +188,8 @@ async def _watch_captures(state: str, control: Control) -> None:
     """Take captures away from readers that died: the guest makes copies for nobody."""
     while True:
         await trio.sleep(_CAPTURE_SECONDS)
-        end_abandoned(state, control)
+        # A thread's work: to free a large spill takes the filesystem a while.
+        await trio.to_thread.run_sync(end_abandoned, state, control)
 
 
 def _keep(file: Path, request: bytes) -> None:

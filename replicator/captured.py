@@ -69,16 +69,18 @@ class CapturedSource:
         image = self._source.fds[disk]
         self._capture.fill(self._source.maps[disk], disk, image, buffer, offset)
 
-    def __enter__(self) -> "CapturedSource":
+    async def __aenter__(self) -> "CapturedSource":
         return self
 
-    def __exit__(
+    async def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._capture.close()
+        # To free a large spill takes the filesystem a while, and nothing else is to wait for it.
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._capture.close)
 
 
 def _united(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

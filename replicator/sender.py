@@ -156,7 +156,7 @@ class Session:
             before = time.time()
             async with self.frozen():
                 instant = await capture(self._source, since, self.spill_bytes)
-            with instant as captured:
+            async with instant as captured:
                 self._closing = captured.epoch, before
                 self.captured = captured
                 try:
