@@ -7,7 +7,10 @@ setup(
     ext_modules=cythonize(
         [
             Extension(f"fusedisk.{name}", [f"fusedisk/{name}.pyx"], extra_compile_args=["-O2"])
-            for name in ("activity", "changemap", "capture", "disk", "parked", "datapath")
+            for name in (
+                *("activity", "changemap", "direct", "capture", "mapped", "disk", "parked"),
+                *("slowing", "datapath"),
+            )
         ],
         language_level=3,
     )

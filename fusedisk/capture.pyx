@@ -37,6 +37,8 @@ from libc.string cimport memset
 
 from fusedisk.changemap cimport ChangeMap, Control, Marks, quiet, raise_marks
 
+from fusedisk.direct import read_into
+
 cdef extern from *:
     """
     #include <errno.h>
@@ -408,7 +410,7 @@ cdef class Capture:
         view = memoryview(buffer)
         cdef uint64_t end = offset + len(view)
         cdef uint64_t size = self._chunk_size, low, high
-        _read_into(image, view, offset)
+        read_into(image, view, offset)
         # Invariant: the marks are looked at after the data was read. Whoever overwrote it marked it
         # before, and had copied it before that.
         newer = changes.newer(offset // size, (end - 1) // size - offset // size + 1, self.epoch)
@@ -429,7 +431,7 @@ cdef class Capture:
         if flags & _ZERO:
             view[:] = bytes(len(view))
         else:
-            _read_into(self._spill, view, index * (_HEAD + self._chunk_size) + _HEAD + skip)
+            read_into(self._spill, view, index * (_HEAD + self._chunk_size) + _HEAD + skip)
 
     def _scan(self):
         """Take note of records that came since; one that is being written is nobody's yet."""
@@ -475,14 +477,6 @@ def _runs(changes, since):
         first, count = runs[len(runs) - 1]
         start = first + count
     return found
-
-
-def _read_into(fd, view, offset):
-    while view:
-        count = os.preadv(fd, [view], offset)
-        if count == 0:
-            raise OSError(errno.EIO, f"the image ends at byte {offset}, before its size")
-        view, offset = view[count:], offset + count
 
 
 def open_spills(state):

@@ -7,6 +7,7 @@ control file   offset 0   8 bytes magic ``FDCTRL1\\0``
                offset 64  u64 control word: bits 0-31 epoch, bit 32 gate, bit 33 fence, bit 34 doubt
                offset 72 and from 1024 on: open captures (fusedisk.capture)
                offset 128 u64 the last epoch that may be opened (fusedisk.epochs)
+               offset 192 rate of a slowed guest, its lease (fusedisk.slowing)
                offset 4096, one slot every 64 bytes (a cache line): u64 announced word, 0 = free
 map file       offset 0   8 bytes magic ``FDMAP01\\0``, u64 disk size, u64 chunk size (bytes)
                offset 4096 u32 summary[pages]: the highest mark in each page of marks; 0 = the page
@@ -38,6 +39,7 @@ cdef extern from *:
     { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
     static void fd_or(uint64_t *p, uint64_t v) { __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
     static void fd_and(uint64_t *p, uint64_t v) { __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
+    static void fd_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static int fd_claim(uint64_t *p, uint64_t v)
     {
         uint64_t none = 0;
@@ -57,6 +59,7 @@ cdef extern from *:
     uint64_t fd_add(uint64_t *p, uint64_t v) nogil
     void fd_or(uint64_t *p, uint64_t v) nogil
     void fd_and(uint64_t *p, uint64_t v) nogil
+    void fd_fence() nogil
     int fd_claim(uint64_t *p, uint64_t v) nogil
     uint32_t fd_load32(const uint32_t *p) nogil
     void fd_max32(uint32_t *p, uint32_t v) nogil
@@ -168,6 +171,9 @@ cdef int raise_marks(
             fd_max32(&map.summary[page], epoch)
         fd_max32(&map.marks[chunk], epoch)
         chunk += 1
+    # Invariant: the mark is seen before the data that follows it, also where a processor may show
+    # what the kernel stores for a write earlier than an atomic store before it.
+    fd_fence()
     return 0
 
 
@@ -414,6 +420,8 @@ cdef class ChangeMap(_Mapping):
         self._check_open()
         if not 0 <= chunk < self.chunks:
             raise IndexError(chunk)
+        # Whoever read the data before looks at the mark after it: see raise_marks.
+        fd_fence()
         if fd_load32(&self.map.summary[chunk // PAGE_MARKS]) == 0:
             return 0
         return fd_load32(&self.map.marks[chunk])
@@ -423,6 +431,8 @@ cdef class ChangeMap(_Mapping):
         self._check_open()
         if not 0 <= first <= first + count <= self.chunks:
             raise IndexError(first)
+        # Whoever read the data before looks at the marks after it: see raise_marks.
+        fd_fence()
         return [
             chunk for chunk in range(first, first + count)
             if fd_load32(&self.map.summary[chunk // PAGE_MARKS]) > since

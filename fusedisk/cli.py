@@ -10,7 +10,7 @@ from fusedisk.keeper import survives_crashes
 from fusedisk.replicas import lagging
 from fusedisk.signals import StopSignals
 from fusedisk.status import status as mount_status
-from fusedisk.units import parse_size
+from fusedisk.units import format_size, parse_size
 
 # Nothing is checked here: opening says more, and ends as any other failure. Where something may be
 # mounted already it is plain Path: click's own asks for attributes, which a dead server never says.
@@ -44,7 +44,15 @@ def _mode(_: click.Context, __: click.Parameter, text: str) -> int:
 @click.option("--chunk-size", callback=_size, default="64KiB", show_default=True)
 @click.option("--state-dir", type=PATH, help="Default: beside the first.")
 @click.option("--read-only", is_flag=True)
+@click.option(
+    "--cache",
+    type=click.Choice(["writeback", "none"]),
+    default="writeback",
+    show_default=True,
+    help="Use the host's page cache, or write to the images past it.",
+)
 @click.option("--distrust", is_flag=True, help="Compare all replicas in full, by hash.")
+@click.option("--standby", is_flag=True, help="A replica's images: writable once it is promoted.")
 @click.option("--allow-other", is_flag=True, help="Let other users in, as far as the mode does.")
 @click.option("--uid", type=click.IntRange(0, 2**32 - 2))
 @click.option("--gid", type=click.IntRange(0, 2**32 - 2))
@@ -57,7 +65,9 @@ def mount(
     chunk_size: int,
     state_dir: Path | None,
     read_only: bool,
+    cache: str,
     distrust: bool,
+    standby: bool,
     allow_other: bool,
     uid: int | None,
     gid: int | None,
@@ -69,7 +79,9 @@ def mount(
         chunk_size=chunk_size,
         state_dir=state_dir,
         read_only=read_only,
+        cache=cache,
         distrust=distrust,
+        standby=standby,
         allow_other=allow_other,
         uid=uid,
         gid=gid,
@@ -118,6 +130,9 @@ def status(mountpoint: Path, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     fence = ", fenced" if found["fenced"] else ""
+    fence += ", standing by until the replica is promoted" if found["standby"] else ""
+    if found["slowed_to"] is not None:
+        fence += f", the guest slowed to {format_size(found['slowed_to'])}/s"
     click.echo(f"{found['mountpoint']}: epoch {found['epoch']}{fence}")
     if found["server"]["pid"] is None and found["keeper"]["pid"] is None:
         click.echo("  server and keeper are gone, the disks are dead: unmount, then mount again")

@@ -7,17 +7,22 @@ import msgspec
 
 
 class Daemons(NamedTuple):
-    """Process ids, None for one that does not live, and how often a server followed another."""
+    """Process ids, None for one that does not live.
+
+    ``restarts``: how often a server followed another; ``refused``: how many upgrades were given up.
+    """
 
     keeper: int | None
     server: int | None
     restarts: int
+    refused: int
 
 
 class _Record(msgspec.Struct):
     keeper: int
     server: int
     restarts: int
+    refused: int = 0
 
 
 def read_daemons(state: Path) -> Daemons:
@@ -25,11 +30,12 @@ def read_daemons(state: Path) -> Daemons:
     try:
         found = msgspec.json.decode((state / "pids.json").read_bytes(), type=_Record)
     except (OSError, msgspec.MsgspecError):
-        return Daemons(None, None, 0)
+        return Daemons(None, None, 0, 0)
     return Daemons(
         found.keeper if _lives("keeper", found.keeper, state) else None,
         found.server if _lives("server", found.server, state) else None,
         found.restarts,
+        found.refused,
     )
 
 

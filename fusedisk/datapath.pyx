@@ -15,7 +15,9 @@ import signal
 import socket
 import threading
 
-from libc.errno cimport EAGAIN, EBADF, EINTR, EINVAL, EIO, ENODEV, ENOENT, ENOSPC, ENOTTY, EOPNOTSUPP
+from libc.errno cimport (
+    EAGAIN, EBADF, EINTR, EINVAL, EIO, ENODEV, ENOENT, ENOSPC, ENOTTY, EOPNOTSUPP, EROFS,
+)
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -24,9 +26,12 @@ from fusedisk.changemap cimport GATED, held
 from fusedisk.disk cimport (
     HELD, Disk, DiskIO, disk_flush, disk_read, disk_seek, disk_write, disk_zero,
 )
+from fusedisk.mapped cimport Mapping, mapping_begin, mapping_end, mapping_forget
 from fusedisk.parked cimport (
-    Parked, Parking, await_parked, forget_parked, park, parking_begin, repark, unpark, wake_parking,
+    Parked, Parking, any_parked, await_parked, forget_parked, last_parked, park, parking_begin,
+    repark, unpark, wake_parking,
 )
+from fusedisk.slowing cimport may_write, slowed
 
 cdef extern from *:
     """
@@ -140,12 +145,13 @@ cdef class DataPath:
 
     ``device`` is the mounted ``/dev/fuse`` descriptor, ``disks`` at most 64 of inode 2 and up.
     ``on_init`` is given the kernel's INIT request before it is relayed. ``check_lease`` is called
-    now and then while writes are held. One byte is written to ``answered`` after the first reply.
+    now and then while writes are held; if it returns true they are refused. One byte is written to ``answered`` after the first reply.
     """
 
     cdef int _device, _relay, _answered, _stopping, _outstanding, _writeback
     cdef int _count
     cdef DiskIO *_disks[_DISKS_MAX]
+    cdef Mapping _mappings[_DISKS_MAX]
     cdef uint64_t _opens[_OPENS_MAX]
     cdef uint64_t _init_unique
     cdef Parking _parking
@@ -160,6 +166,10 @@ cdef class DataPath:
         self._keep = list(disks)
         cdef Disk disk
         for disk in disks:
+            if not disk.io.alignment:
+                # Invariant: no pages beside direct writes, since they would keep what is old.
+                mapping_begin(&self._mappings[self._count], disk.io.fd, disk.io.size)
+                disk.io.mapping = &self._mappings[self._count]
             self._disks[self._count] = &disk.io
             self._count += 1
         self._on_init, self._check_lease = on_init, check_lease
@@ -173,6 +183,10 @@ cdef class DataPath:
         for end in (self._relay_socket, self.session):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_WRITE)
         self._relay = self._relay_socket.fileno()
+
+    def __dealloc__(self):
+        for i in range(self._count):
+            mapping_end(&self._mappings[i])
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -213,7 +227,7 @@ cdef class DataPath:
             return
         opcode = request.opcode
         if opcode == k.FUSE_WRITE or opcode == k.FUSE_FALLOCATE:
-            while not self._change(slot, head, body, n):
+            while self._has_to_queue() or not self._change(slot, head, body, n):
                 if park(&self._parking, head, min(n, <size_t>_HEAD), body, n - min(n, <size_t>_HEAD)):
                     return
                 usleep(_GATE_POLL_MICROSECONDS)
@@ -232,6 +246,10 @@ cdef class DataPath:
             return
         else:
             self._pass_on(request, head, body, n)
+
+    cdef bint _has_to_queue(self) noexcept nogil:
+        """Of a slowed guest the requests go on in turn: else a dear one would wait for ever."""
+        return slowed(self._disks[0].control) and any_parked(&self._parking)
 
     cdef DiskIO *_disk(self, uint64_t inode) noexcept nogil:
         if inode < _FIRST_DISK or inode - _FIRST_DISK >= <uint64_t>self._count:
@@ -266,12 +284,13 @@ cdef class DataPath:
     ) noexcept nogil:
         cdef k.fuse_read_in *asked = <k.fuse_read_in *>(head + 40)
         cdef DiskIO *disk = self._disk(request.nodeid)
+        cdef const char *found = NULL
         cdef int64_t result
         if disk == NULL or n < _HEAD or asked.size > _MAX_WRITE:
             self._answer(request.unique, -EBADF if disk == NULL else -EINVAL, NULL, 0)
             return
-        result = disk_read(disk, body, asked.offset, asked.size)
-        self._answer(request.unique, min(result, 0), body, <size_t>max(result, 0))
+        result = disk_read(disk, body, &found, asked.offset, asked.size)
+        self._answer(request.unique, min(result, 0), found, <size_t>max(result, 0))
 
     cdef bint _change(self, Py_ssize_t slot, char *head, char *body, size_t n) noexcept nogil:
         """Answer WRITE or FALLOCATE; false where it has to be held."""
@@ -291,6 +310,14 @@ cdef class DataPath:
         if n < _HEAD or asked.size != n - _HEAD or asked.size > _MAX_WRITE:
             self._answer(request.unique, -EINVAL, NULL, 0)
             return True
+        if (
+            slowed(disk.control) and asked.offset < disk.size
+            and not may_write(
+                disk.control, &disk.marks, asked.offset,
+                min(<uint64_t>asked.size, disk.size - asked.offset),
+            )
+        ):
+            return False
         result = disk_write(disk, slot, body, asked.offset, asked.size)
         if result == HELD:
             return False
@@ -344,13 +371,14 @@ cdef class DataPath:
         cdef k.fuse_ioctl_in *asked = <k.fuse_ioctl_in *>(head + 40)
         cdef char reply[16 + 12]
         cdef fd_dioattr needs
+        cdef DiskIO *disk = self._disk(request.nodeid)
         if (
             n < 72 or asked.cmd != FD_XFS_IOC_DIOINFO or asked.out_size < sizeof(needs)
-            or self._disk(request.nodeid) == NULL
+            or disk == NULL
         ):
             self._answer(request.unique, -ENOTTY, NULL, 0)
             return
-        needs.mem = needs.min_io = 512
+        needs.mem = needs.min_io = max(disk.alignment, <uint32_t>512)
         needs.max_io = 0x7FFFFE00
         memset(reply, 0, 16)
         memcpy(reply + 16, &needs, 12)
@@ -359,8 +387,9 @@ cdef class DataPath:
     # --- held requests -------------------------------------------------------------------------
 
     def release_parked(self, Py_ssize_t slot):
-        """Answer held requests once the gate opens or the fence is up; until stop()."""
+        """Answer held requests once gate, fence or a slowed guest's rate let them; until stop()."""
         cdef Parked *request
+        cdef Parked *last
         cdef int polls = 0
         cdef char *body = fd_pages(_MAX_WRITE)
         cdef size_t rest
@@ -372,12 +401,17 @@ cdef class DataPath:
                     await_parked(&self._parking)
                     while not fd_load_int(&self._stopping):
                         if held(self._disks[0].control) == GATED:
-                            usleep(_GATE_POLL_MICROSECONDS)
-                            polls += 1
                             if polls % _LEASE_POLLS == 0:
+                                # Invariant: only what came before the question is refused. The
+                                # answer may have changed by the time that another write comes.
+                                last = last_parked(&self._parking)
                                 with gil:
-                                    self._check_lease()
+                                    if self._check_lease():
+                                        self._refuse_parked(last)
+                            polls += 1
+                            usleep(_GATE_POLL_MICROSECONDS)
                             continue
+                        polls = 0
                         request = unpark(&self._parking)
                         if request == NULL:
                             break
@@ -387,9 +421,19 @@ cdef class DataPath:
                             forget_parked(request)
                         else:
                             repark(&self._parking, request)
+                            usleep(_GATE_POLL_MICROSECONDS)
         finally:
             free(body)
             self._drop_parked()
+
+    cdef _refuse_parked(self, Parked *last):
+        """Refuse what is held, up to ``last``: the disk is not one that may be written."""
+        cdef Parked *request = NULL
+        while request != last:
+            # Nobody else takes any out, so ``last`` is among them.
+            request = unpark(&self._parking)
+            self._answer((<k.fuse_in_header *>request.bytes).unique, -EROFS, NULL, 0)
+            forget_parked(request)
 
     def _drop_parked(self):
         # Unanswered, so the kernel hands them out again to the next server.
@@ -534,6 +578,13 @@ cdef class DataPath:
                     for i in range(self._count):
                         if not self._disks[i].read_only:
                             sync_file_range(self._disks[i].fd, 0, 0, SYNC_FILE_RANGE_WRITE)
+
+    def forget_mapped(self):
+        """Free the page tables of the images' mappings; they are made again as they are needed."""
+        cdef int i
+        with nogil:
+            for i in range(self._count):
+                mapping_forget(&self._mappings[i], self._disks[i].fd)
 
     def stop(self):
         """Make the loops end; requests in work are finished. Call again until they have ended."""

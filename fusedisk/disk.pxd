@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from fusedisk.capture cimport Spills
 from fusedisk.activity cimport Activity, ActivityLog
 from fusedisk.changemap cimport ChangeMap, Control, Marks
+from fusedisk.mapped cimport Mapping
 
 cdef enum:
     HELD = -100000
@@ -14,16 +15,20 @@ cdef struct DiskIO:
     bint read_only
     uint32_t index
     uint64_t size
+    uint32_t alignment
+    Mapping *mapping
     char *control
     Marks marks
     Spills spills
     Activity *activity
     uint64_t first_region
     uint64_t dirty_bytes
-    uint64_t writeback_bytes
+    uint64_t flush_bytes
     int writeback
 
-cdef int64_t disk_read(DiskIO *disk, char *into, uint64_t offset, uint64_t length) noexcept nogil
+cdef int64_t disk_read(
+    DiskIO *disk, char *into, const char **found, uint64_t offset, uint64_t length
+) noexcept nogil
 cdef int64_t disk_write(
     DiskIO *disk, Py_ssize_t slot, const char *data, uint64_t offset, uint64_t length
 ) noexcept nogil

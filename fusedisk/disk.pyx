@@ -17,6 +17,8 @@ from fusedisk.capture cimport CAPTURES_MAX, captures_open, preserve
 from fusedisk.changemap cimport (
     FENCED, GATED, ChangeMap, Control, doubt, enter, held, leave, raise_marks,
 )
+from fusedisk.direct cimport direct_alignment, direct_read, direct_write
+from fusedisk.mapped cimport mapped_now
 
 from fusedisk.changemap import Fenced, Gated
 
@@ -43,7 +45,7 @@ cdef extern from *:
     }
     /* A write makes folios of up to its own length in the page cache, and ext4 walks all blocks of
        a folio at each later write into it: pieces keep small writes fast (see image.py). */
-    #define FD_PIECE (64 << 10)
+    #define FD_PIECE (128 << 10)
     static int64_t fd_pwrite_all(int fd, const char *data, uint64_t length, int64_t offset)
     {
         uint64_t done = 0;
@@ -94,30 +96,51 @@ cdef extern from *:
     int SEEK_DATA
     int SEEK_HOLE
 
-# Dirty bytes after which writeback is started, so that no flush meets much more than this. While no
-# flush comes it doubles, since pages that are written again and again need to reach the disk once.
-cdef uint64_t _WRITEBACK_BYTES_MIN = 8 << 20
-cdef uint64_t _WRITEBACK_BYTES_MAX = 256 << 20
+# Writeback is started in steps, so that the next flush finds little left to write. A guest that
+# does not flush gains nothing by it, and pages that are written again would reach the disk each
+# time: so it goes on for twice the bytes that were between the last two flushes. What lies beyond
+# that, or comes before any flush, is left to the kernel's own writeback.
+cdef uint64_t _STEP_BYTES_MIN = 8 << 20
+cdef uint64_t _STEP_BYTES_MAX = 256 << 20
 
 
 cdef inline void _count_dirty(DiskIO *disk, uint64_t length) noexcept nogil:
-    cdef uint64_t limit = fd_get(&disk.writeback_bytes)
-    if fd_count(&disk.dirty_bytes, length) >= limit:
-        fd_put(&disk.dirty_bytes, 0)
-        fd_put(&disk.writeback_bytes, min(2 * limit, _WRITEBACK_BYTES_MAX))
-        if disk.writeback >= 0:
-            fd_wake(disk.writeback)
+    cdef uint64_t expected = fd_get(&disk.flush_bytes)
+    cdef uint64_t step = min(max(expected // 4, _STEP_BYTES_MIN), _STEP_BYTES_MAX)
+    cdef uint64_t dirty = fd_count(&disk.dirty_bytes, length)
+    if dirty // step != (dirty - length) // step and dirty <= 2 * expected and disk.writeback >= 0:
+        fd_wake(disk.writeback)
+
+
+cdef inline void _note_flush(DiskIO *disk) noexcept nogil:
+    """Learn how much lies between flushes; a small one after a large one does not end that."""
+    fd_put(&disk.flush_bytes, max(fd_get(&disk.dirty_bytes), fd_get(&disk.flush_bytes) // 2))
+    fd_put(&disk.dirty_bytes, 0)
 
 
 cdef inline int64_t _refusal(int result) noexcept nogil:
     return HELD if result == GATED else -EROFS
 
 
-cdef int64_t disk_read(DiskIO *disk, char *into, uint64_t offset, uint64_t length) noexcept nogil:
-    """Read up to ``length`` bytes, fewer at the end of the disk."""
+cdef int64_t disk_read(
+    DiskIO *disk, char *into, const char **found, uint64_t offset, uint64_t length
+) noexcept nogil:
+    """Read up to ``length`` bytes, fewer at the end of the disk; ``found`` says where they are.
+
+    That is ``into``, which has room for ``length`` bytes and begins a page, or the page cache.
+    """
+    cdef const char *mapped
+    found[0] = into
     if offset >= disk.size:
         return 0
-    return fd_pread_all(disk.fd, into, min(length, disk.size - offset), offset)
+    length = min(length, disk.size - offset)
+    if disk.alignment:
+        return direct_read(disk.fd, disk.alignment, into, length, offset)
+    mapped = mapped_now(disk.mapping, offset, length)
+    if mapped != NULL:
+        found[0] = mapped
+        return length
+    return fd_pread_all(disk.fd, into, length, offset)
 
 
 cdef inline int64_t _mark(
@@ -152,10 +175,12 @@ cdef int64_t disk_write(
     result = -heat(disk.activity, disk.first_region, offset, length)
     if result == 0:
         result = _mark(disk, epoch, offset, length)
-    if result == 0:
+    if result == 0 and disk.alignment:
+        result = direct_write(disk.fd, disk.alignment, data, length, offset)
+    elif result == 0:
         result = fd_pwrite_all(disk.fd, data, length, offset)
     leave(disk.control, slot)
-    if result > 0:
+    if result > 0 and not disk.alignment:
         _count_dirty(disk, length)
     return result
 
@@ -225,8 +250,7 @@ cdef int64_t disk_flush(DiskIO *disk, bint data_only) noexcept nogil:
     cdef int64_t result
     if disk.read_only:
         return 0
-    fd_put(&disk.dirty_bytes, 0)
-    fd_put(&disk.writeback_bytes, _WRITEBACK_BYTES_MIN)
+    _note_flush(disk)
     result = fd_flush(disk.fd, data_only)
     if result:
         doubt(disk.control)
@@ -256,6 +280,7 @@ cdef class Disk:
         self._control, self._changes, self._activity = control, changes, activity
         self.io.fd, self.io.size = fd, changes.size
         self.io.read_only = read_only
+        self.io.alignment = direct_alignment(fd)
         self.io.control = control.base
         self.io.marks = changes.map
         self.io.activity = NULL if activity is None else &activity.log
@@ -264,7 +289,6 @@ cdef class Disk:
         self.io.index = index
         for i in range(CAPTURES_MAX):
             self.io.spills.fds[i] = spills[i] if spills else -1
-        self.io.writeback_bytes = _WRITEBACK_BYTES_MIN
 
     @property
     def fd(self):

@@ -126,4 +126,7 @@ def clear_fence(images: Iterable[Path]) -> None:
     for image in images:
         path = fence_path(image)
         path.unlink(missing_ok=True)
-        sync_directory(path.parent)
+        # Also where there was nothing to remove: a removal before a crash may not be durable yet.
+        # A device's directory is made with its first record.
+        if path.parent.is_dir():
+            sync_directory(path.parent)

@@ -28,8 +28,17 @@ class NamedDisk:
 class DiskFilesystem(pyfuse3.Operations):
     """Names, attributes and opening. Reads and changes of disks never get here: see datapath."""
 
-    def __init__(self, disks: Sequence[NamedDisk], uid: int, gid: int, mode: int) -> None:
+    def __init__(
+        self,
+        disks: Sequence[NamedDisk],
+        uid: int,
+        gid: int,
+        mode: int,
+        standing_by: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``standing_by``: whether another process writes to the images still."""
         super().__init__()
+        self._standing_by = standing_by
         self._disks = disks
         self._uid, self._gid, self._mode = uid, gid, mode
 
@@ -100,7 +109,8 @@ class DiskFilesystem(pyfuse3.Operations):
         # Only this mount changes the image, so cached pages stay right across opens. Direct I/O of
         # a guest stays direct all the way: the kernel then allows its writes side by side.
         # The handle is the inode, the same in every server of this mount.
-        direct = bool(flags & os.O_DIRECT)
+        # Of an image that others write to no page may stay in the kernel's cache.
+        direct = bool(flags & os.O_DIRECT) or self._standing_by()
         return pyfuse3.FileInfo(
             fh=pyfuse3.FileHandleT(inode), direct_io=direct, keep_cache=not direct
         )

@@ -8,6 +8,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from fusedisk.direct import alignment, read_into
 from fusedisk.errors import FuseDiskError
 
 # The lock bytes of QEMU (block/file-posix.c): RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE, plus the
@@ -17,6 +18,8 @@ _READ, _WRITE, _RESIZE = 0, 1, 3
 _FLOCK = "hhqqi4x"
 
 DISK_BYTES_MIN = 512
+# The smallest chunk of a change map, so that no block lies in two.
+_ALIGNMENT_MAX = 4096
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,11 @@ class Image:
     size: int
 
 
-def open_image(path: Path, *, read_only: bool) -> Image:
+def open_image(path: Path, *, read_only: bool, cache: str = "writeback") -> Image:
     """Open an image or block device and lock it against QEMU and other mounts of ours.
 
-    Raises FuseDiskError when it is missing, unreadable, too small, or in use.
+    With ``cache`` "none" its descriptor takes direct I/O alone. Raises FuseDiskError when it is
+    missing, unreadable, too small, in use, or cannot be used in that way.
     """
     name = path.name
     path = Path(os.path.realpath(path))
@@ -55,6 +59,8 @@ def open_image(path: Path, *, read_only: bool) -> Image:
                 "use --create SIZE for a new one"
             )
         _lock(fd, path, read_only=read_only)
+        if cache == "none":
+            _pass_the_page_cache(fd, path, size)
     except BaseException:
         os.close(fd)
         raise
@@ -62,6 +68,25 @@ def open_image(path: Path, *, read_only: bool) -> Image:
     # What others left in the page cache may be large; it comes back as it is needed.
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return Image(name, path, fd, size)
+
+
+def _pass_the_page_cache(fd: int, path: Path, size: int) -> None:
+    """Let a descriptor and its duplicates do direct I/O. Raises FuseDiskError."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+        needed = alignment(fd)
+        # Invariant: what is dirty in the cache is on disk before anybody writes past the cache.
+        os.fsync(fd)
+        read_into(fd, bytearray(DISK_BYTES_MIN), 0)
+    except OSError as error:
+        raise FuseDiskError(
+            f"image {path} cannot be used without the page cache ({error.strerror}); "
+            "leave out --cache none"
+        ) from None
+    if needed > _ALIGNMENT_MAX or size % needed:
+        raise FuseDiskError(
+            f"image {path} of {size} bytes needs I/O in blocks of {needed}; leave out --cache none"
+        )
 
 
 def keep_pages_small(fd: int) -> None:

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from fusedisk.witness import open_witnesses
+
 log = logging.getLogger("fusedisk.keeper")
 
 # Exit status of a server that made room for another one (sysexits.h: EX_TEMPFAIL).
@@ -31,6 +33,8 @@ _WORKED_SECONDS = 10.0
 # A mount that is gone again by then never had use for a spare server.
 _SPARE_SECONDS = 1.0
 _SPARE_RETRY_SECONDS = 5.0
+# Of servers that are to replace another: one that was killed says nothing about the installed code.
+_REPLACE_TRIES = 3
 _LONG_SECONDS = 3600.0
 # After that many failures in a row, a server is not needed any more where the mount is gone.
 _FAILURES_AFTER_UNMOUNT = 3
@@ -89,7 +93,9 @@ class Server:
     It reports on a pipe: ``l`` loaded, ``a`` answered a first request.
     """
 
-    def __init__(self, arguments: argparse.Namespace, device: int, ready: int) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, device: int, ready: int, witnesses: list[int]
+    ) -> None:
         self._reports, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         wait, self._go = os.pipe2(os.O_CLOEXEC)
         self._said = b""
@@ -100,9 +106,10 @@ class Server:
                     *(sys.executable, "-P", "-m", "fusedisk.server"),
                     *("--state", arguments.state, "--device", str(device), "--go", str(wait)),
                     *("--ready", str(ready), "--told", str(told), "--images", arguments.images),
+                    *("--witnesses", ",".join(map(str, witnesses))),
                     *("--uid", arguments.uid, "--gid", arguments.gid, "--mode", arguments.mode),
                 ],
-                pass_fds=[device, ready, told, wait, arguments.lock, *images],
+                pass_fds=[device, ready, told, wait, arguments.lock, *images, *witnesses],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -145,14 +152,16 @@ class Keeper:
     def __init__(self, arguments: argparse.Namespace, device: int) -> None:
         self._arguments, self._device = arguments, device
         self._nowhere = os.open(os.devnull, os.O_WRONLY)
+        self._witnesses = open_witnesses([int(x) for x in arguments.images.split(",")])
         self._spare: Server | None = None
         self._spare_due = 0.0
-        self._restarts = self._failures = 0
-        self._replace = False
+        self._restarts = self._failures = self._refused = 0
+        # Tries that are left to replace the server; 0 while nobody asked for it.
+        self._replace = 0
 
     def run(self) -> int:
         """Serve until the mount is gone; the exit status."""
-        server = Server(self._arguments, self._device, self._arguments.ready)
+        server = Server(self._arguments, self._device, self._arguments.ready, self._witnesses)
         os.close(self._arguments.ready)
         while True:
             begun = time.monotonic()
@@ -182,7 +191,7 @@ class Keeper:
         return 0 if status == 0 else 1
 
     def _make_spare(self) -> Server:
-        return Server(self._arguments, self._device, self._nowhere)
+        return Server(self._arguments, self._device, self._nowhere, self._witnesses)
 
     def _next_server(self) -> Server:
         """The spare server, or a fresh one where that is gone too."""
@@ -209,12 +218,17 @@ class Keeper:
             return
         now = time.monotonic()
         if self._spare is not None and self._spare.ended:
-            log.warning("the spare server ended with status %d", self._spare.process.returncode)
+            status = self._spare.process.returncode
+            log.warning("the spare server ended with status %d", status)
             self._drop_spare()
             self._spare_due = now + _SPARE_RETRY_SECONDS
             if self._replace:
-                self._replace = False
-                log.error("the server is not replaced: the installed code does not load")
+                self._replace = self._replace - 1 if status < 0 else 0
+                if self._replace:
+                    self._spare_due = now
+                else:
+                    self._refused += 1
+                    log.error("the server is not replaced: the installed code does not load")
         if self._spare is None and now >= self._spare_due:
             try:
                 self._spare = self._make_spare()
@@ -238,10 +252,13 @@ class Keeper:
             elif caught is not None and caught.si_signo == signal.SIGUSR1:
                 # The installed code may be newer than what the spare has loaded.
                 self._drop_spare()
-                self._replace, self._spare_due = survives_crashes(), 0.0
+                self._replace, self._spare_due = _REPLACE_TRIES if survives_crashes() else 0, 0.0
+            refused = self._refused
             self._tend_spare()
+            if self._refused != refused:
+                self._write_pids(server)
             if self._replace and self._spare is not None and self._spare.reported(b"l"):
-                self._replace = False
+                self._replace = 0
                 server.process.send_signal(signal.SIGUSR1)
             seconds = _LONG_SECONDS
             if self._replace:
@@ -262,8 +279,9 @@ class Keeper:
         time.sleep(delay)
 
     def _write_pids(self, server: Server) -> None:
-        """For `fusedisk status`, which therefore needs no answer from anybody."""
+        """For `fusedisk status` and `upgrade`, which therefore need no answer from anybody."""
         pids = {"keeper": os.getpid(), "server": server.process.pid, "restarts": self._restarts}
+        pids["refused"] = self._refused
         file = Path(self._arguments.state) / "pids.json"
         scratch = file.with_name("pids.json.new")
         try:
@@ -299,6 +317,16 @@ def run(arguments: argparse.Namespace) -> int:
     return Keeper(arguments, device).run()
 
 
+def _spare_from_oom() -> None:
+    """Take this process and the servers out of the OOM killer's choice, where we may.
+
+    It counts the page cache that a server has mapped as if killing it freed that. Needs
+    CAP_SYS_RESOURCE; without it a server that was killed is followed by another.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("-1000")
+
+
 def main() -> int:
     """Entry point of the background keeper; see fusedisk.mounting for who starts it."""
     # Taken one by one where the keeper waits, so that none interrupts it in the middle of a step:
@@ -316,6 +344,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(message)s"
     )
+    _spare_from_oom()
     try:
         return run(arguments)
     except Exception:

@@ -31,6 +31,27 @@ class _Manifest(msgspec.Struct):
     stamps: list[dict[str, str | int]] = []
 
 
+def promotion(images: Sequence[Image]) -> tuple[bool, str | None]:
+    """Whether the replica that these images are the disks of is promoted, and `read_base` of it.
+
+    Raises FuseDiskError where they are not all the disks of one replica.
+    """
+    folder = images[0].path.parent
+    manifest = _read_manifest(folder)
+    if (
+        manifest is None
+        or any(image.path.parent != folder for image in images)
+        or {image.name for image in images} != {disk.name for disk in manifest.disks}
+    ):
+        raise FuseDiskError(
+            "only a replica stands by; name all of its images, as 'replicator list' has them, "
+            "and no others"
+        )
+    if manifest.state != "promoted":
+        return False, None
+    return True, read_base(images, read_only=False)
+
+
 def read_base(images: Sequence[Image], *, read_only: bool) -> str | None:
     """Token of the promotion that these images are the unchanged disks of; None without one.
 

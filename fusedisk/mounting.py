@@ -18,9 +18,10 @@ from fusedisk.fencing import read_fence
 from fusedisk.image import Image, create_image, open_image
 from fusedisk.keeper import survives_crashes
 from fusedisk.keeper import unmount as fusermount
-from fusedisk.lineage import read_base
+from fusedisk.lineage import promotion, read_base
 from fusedisk.preparing import prepare
 from fusedisk.signals import StopSignals
+from fusedisk.standby import close_gate
 from fusedisk.state import default_state_dir, lock_state, locked
 
 _FLUSH_SECONDS_MAX = 600.0
@@ -40,6 +41,8 @@ class MountOptions:
     gid: int | None = None
     mode: int = 0o600
     distrust: bool = False
+    cache: str = "writeback"
+    standby: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def find_state(mountpoint: Path) -> Path:
 
 def _find_mount(mountpoint: Path) -> tuple[str, Path]:
     """(mountpoint as the kernel names it, state directory). Raises FuseDiskError."""
-    mounts = _our_mounts()
+    mounts = {where: Path(state) for where, state in mounted_sources("fusedisk").items()}
     # Its parent first: to ask about the mountpoint itself would wait for a server that is down.
     path = os.path.abspath(mountpoint)
     wanted = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
@@ -72,14 +75,14 @@ def _find_mount(mountpoint: Path) -> tuple[str, Path]:
     return wanted, mounts[wanted]
 
 
-def _our_mounts() -> dict[str, Path]:
-    """State directories by mountpoint; of several mounts on one another the last, on top."""
+def mounted_sources(subtype: str) -> dict[str, str]:
+    """Sources of mounts of one kind, by mountpoint; of several on one another that on top."""
     found = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         kind, source = after.split(" ")[:2]
-        if kind == "fuse.fusedisk":
-            found[_unescape(before.split(" ")[4])] = Path(_unescape(source))
+        if kind == f"fuse.{subtype}":
+            found[_unescape(before.split(" ")[4])] = _unescape(source)
     return found
 
 
@@ -100,6 +103,8 @@ def mount(
         CHUNK_MIN <= options.chunk_size <= CHUNK_MAX
     ):
         raise UsageError("--chunk-size must be a power of two from 4KiB to 16MiB")
+    if options.standby and options.read_only:
+        raise UsageError("--standby ends in a disk that is written: leave out --read-only")
     if len(images) > DISKS_MAX:
         raise UsageError(f"a mount serves at most {DISKS_MAX} disks")
     _check_mountpoint(mountpoint)
@@ -116,10 +121,12 @@ def mount(
             create_image(path, options.create_size or 0)
             made.append(path)
         for path in images:
-            opened.append(open_image(path, read_only=options.read_only))
+            opened.append(open_image(path, read_only=options.read_only, cache=options.cache))
         state = (options.state_dir or default_state_dir(images[0])).absolute()
         _check_path("state directory", state)
-        base = read_base(opened, read_only=options.read_only)
+        promoted, base = promotion(opened) if options.standby else (True, None)
+        if promoted:
+            base = read_base(opened, read_only=options.read_only)
         lock = lock_state(state)
         notice = prepare(
             state,
@@ -129,8 +136,12 @@ def mount(
             read_only=options.read_only,
             base=base,
             distrust=options.distrust,
+            standby=not promoted,
+            cache=options.cache,
         )
-        if read_fence(image.path for image in opened) is not None:
+        if not promoted:
+            close_gate(state)
+        elif read_fence(image.path for image in opened) is not None:
             control = Control(state / "control", True)
             control.set_fence(True)
             control.close()
@@ -245,6 +256,8 @@ def upgrade(mountpoint: Path) -> int:
     while (now := read_daemons(state)).restarts == before.restarts or now.server is None:
         if now.keeper is None:
             raise FuseDiskError("the mount ended meanwhile")
+        if now.refused > before.refused:
+            raise FuseDiskError(f"the installed code does not load; see {state / 'keeper.log'}")
         if time.monotonic() > deadline:
             raise FuseDiskError(f"the server was not replaced; see the logs in {state}")
         time.sleep(0.01)

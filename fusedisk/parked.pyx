@@ -1,4 +1,4 @@
-"""A queue of requests held at the closed gate: requests are parked, not threads.
+"""A queue of requests held at the closed gate, or of a slowed guest: not threads are parked.
 
 So reads go on however many writers wait. What it holds is bounded; beyond that a thread keeps its
 request in its hands and waits, which slows the guest's other requests but loses nothing.
@@ -71,6 +71,14 @@ cdef bint park(
     return True
 
 
+cdef Parked *last_parked(Parking *parking) noexcept nogil:
+    """The newest request, to compare with what is taken out; NULL where there is none."""
+    fd_parking_lock()
+    cdef Parked *request = parking.last
+    fd_parking_unlock()
+    return request
+
+
 cdef Parked *unpark(Parking *parking) noexcept nogil:
     """Take the oldest request out, which then is the caller's; NULL where there is none."""
     fd_parking_lock()
@@ -93,6 +101,14 @@ cdef void repark(Parking *parking, Parked *request) noexcept nogil:
         parking.last = request
     parking.held_bytes += request.length
     fd_parking_unlock()
+
+
+cdef bint any_parked(Parking *parking) noexcept nogil:
+    """Whether requests are held; one that the releaser has in its hands does not count."""
+    fd_parking_lock()
+    cdef bint found = parking.first != NULL
+    fd_parking_unlock()
+    return found
 
 
 cdef void forget_parked(Parked *request) noexcept nogil:

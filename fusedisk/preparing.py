@@ -48,12 +48,15 @@ def prepare(
     read_only: bool,
     base: str | None = None,
     distrust: bool = False,
+    standby: bool = False,
+    cache: str = "writeback",
 ) -> str | None:
     """Leave the directory ready for the server, with no clean mark; the caller holds the lock.
 
     ``base`` is the promotion that the images are the unchanged disks of: a generation that is not
     of it ends there. Returns what the user should know of the change maps, if anything.
-    ``distrust`` makes them begin anew. Raises FuseDiskError.
+    ``distrust`` makes them begin anew; with ``standby`` nothing is written yet. ``cache`` is for
+    those who read the images beside the server. Raises FuseDiskError.
     """
     disks = [Disk(i.name, str(i.path), i.size, chunk_size) for i in images]
     if _regions(disks) > activityfile.REGIONS_MAX:
@@ -66,12 +69,16 @@ def prepare(
         (directory / "epochs").unlink(missing_ok=True)
         verdict = verdict._replace(epoch=1, reason="its epochs are used up")
     old = verdict.old
+    # A mount that stood by wrote nothing: there is nothing that its map could lack.
+    first = first or (old is not None and old.standby)
     # Invariant: the images' times, which a crash may lose, do not bring a promotion back that a
     # mount has written after: only its marks can tell.
     if distrust or (verdict.reason is not None and not first and (old is None or old.base == base)):
         base = None
     born = base is not None and (old is None or old.base != base)
-    believed = old is not None and verdict.reason is None and not born
+    # Invariant: no generation goes on where the receiver writes, whose changes no map of ours has;
+    # another replica of it would never be sent them.
+    believed = old is not None and verdict.reason is None and not born and not standby
     record = MountRecord(
         old.source_id if old else _source_id(images),
         old.generation if old and believed else str(uuid.uuid4()),
@@ -81,6 +88,8 @@ def prepare(
         old.base if old and believed else base,
         _boot_id(),
         [_inode(image.fd) for image in images],
+        standby,
+        cache,
     )
     try:
         if not believed:
@@ -101,7 +110,7 @@ def prepare(
         mib = -(-sum(end - start for _, start, end in _ranges(disks, verdict.hot)) >> 20)
         return f"not unmounted cleanly: {mib} MiB that were in use will be sent again"
     # A map that begins anew with a promotion says all that changed since: nothing is lost.
-    if believed or first or born:
+    if believed or first or born or standby:
         return None
     return f"the change map is not trusted and begins anew: {verdict.reason}"
 
@@ -171,6 +180,8 @@ def _judge(directory: Path, disks: list[Disk], images: Sequence[Image]) -> _Verd
         old = read_mount_record(directory)
     except FuseDiskError:
         return _Verdict(None, beyond, "its state was lost")
+    if old.standby:
+        return _Verdict(old, beyond, "it only stood by")
     if old.disks != disks:
         return _Verdict(old, beyond, "the disks are not the ones mounted before")
     try:

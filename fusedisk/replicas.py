@@ -34,6 +34,17 @@ class Sent(msgspec.Struct, forbid_unknown_fields=True):
     zero_bytes: int = 0
 
 
+class Verified(msgspec.Struct, forbid_unknown_fields=True):
+    """What the last comparison of a replica came to, and its time on the wall."""
+
+    at: float
+    outcome: str
+    epoch: int
+    compared_bytes: int
+    differing_bytes: int
+    repaired_bytes: int
+
+
 class ReplicaRecord(msgspec.Struct, forbid_unknown_fields=True):
     """Contents of NAME.json. ``closed_at`` is the wall clock when ``epoch`` was closed."""
 
@@ -45,6 +56,7 @@ class ReplicaRecord(msgspec.Struct, forbid_unknown_fields=True):
     state: str = "connecting"
     sent: Sent = msgspec.field(default_factory=Sent)
     max_downtime_ms: int | None = None
+    verified: Verified | None = None
 
 
 class Lag(NamedTuple):
@@ -177,6 +189,8 @@ def _noted(
         "lag": {"bytes": lag.bytes, "chunks": lag.chunks, "seconds": seconds},
         "epoch": {"current": epoch, "committed": committed},
         "sent": msgspec.to_builtins(record.sent),
+        "rpo": None,
+        "verify": {"every": None, "last": msgspec.to_builtins(record.verified)},
         "cutover": None,
         "capture": None,
         "error": error or (SILENT if silent else None),

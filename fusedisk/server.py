@@ -27,9 +27,11 @@ from fusedisk.checkpoint import keep_checkpoints, open_log, try_to_give_up
 from fusedisk.datapath import DataPath
 from fusedisk.disk import Disk
 from fusedisk.filesystem import DiskFilesystem, NamedDisk
-from fusedisk.gate import release_if_abandoned
 from fusedisk.keeper import DRAINED, FLUSH_FAILED, SIGNALS
+from fusedisk.memory import bound_page_tables
+from fusedisk.standby import GateKeeper
 from fusedisk.state import read_mount_record, record_clean
+from fusedisk.witness import failed_unseen
 
 log = logging.getLogger("fusedisk.server")
 
@@ -38,6 +40,7 @@ T = TypeVar("T")
 _THREADS = 2
 _SESSION_TASKS_MAX = 16
 _CAPTURE_SECONDS = 1.0
+_STANDBY_SECONDS = 0.5
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -47,12 +50,16 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     control = Control(state / "control", True)
     # Invariant: the keeper has reaped the server before us, so nobody that announced is left.
     control.clear_announcements()
+    if resume and failed_unseen(arguments.witnesses):
+        log.error("writeback of an image failed, so there will be no clean mark")
+        control.set_doubt()
     maps = [ChangeMap(state / f"{i}.map", True) for i in range(len(record.disks))]
     fds: list[int] = arguments.images
     activity = open_log(state, record)
     firsts = first_regions([disk.size for disk in record.disks])
     writeback = os.eventfd(0)
     spills = open_spills(str(state))
+    gate = GateKeeper(state, record, control, fds)
     path = DataPath(
         arguments.device,
         [
@@ -71,9 +78,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
         ],
         writeback=writeback,
         on_init=functools.partial(_keep, state / "init"),
-        check_lease=functools.partial(
-            release_if_abandoned, state, control, [Path(disk.path) for disk in record.disks]
-        ),
+        check_lease=gate.check,
         answered=arguments.told,
     )
     operations = DiskFilesystem(
@@ -81,6 +86,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
         arguments.uid,
         arguments.gid,
         arguments.mode,
+        lambda: gate.standing_by,
     )
     # libfuse 3.3 and later takes a descriptor that speaks FUSE in place of a mountpoint.
     pyfuse3.init(operations, f"/dev/fd/{path.session.detach()}", set())
@@ -88,6 +94,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
         async with trio.open_nursery() as background:
             if activity is not None and not record.read_only:
                 background.start_soon(keep_checkpoints, activity, state, control, fds)
+            background.start_soon(_watch_promotion, gate)
             unmounted = await _run(path, arguments, control, resume)
             background.cancel_scope.cancel()
     finally:
@@ -146,6 +153,7 @@ async def _run(
                 await native(path.resume, (arguments.state / "init").read_bytes())
             everything.start_soon(native, path.relay_replies)
             everything.start_soon(_watch_captures, str(arguments.state), control)
+            everything.start_soon(bound_page_tables, path)
             os.write(arguments.ready, b"ready\n")
             os.close(arguments.ready)
             async with trio.open_nursery() as helpers:
@@ -184,6 +192,13 @@ async def _drain_on_signal(
                 await trio.sleep(0.005)
 
 
+async def _watch_promotion(gate: GateKeeper) -> None:
+    """Of a mount that stands by: find out also where nobody writes, for `status` and senders."""
+    while gate.standing_by:
+        await trio.sleep(_STANDBY_SECONDS)
+        await trio.to_thread.run_sync(gate.check)
+
+
 async def _watch_captures(state: str, control: Control) -> None:
     """Take captures away from readers that died: the guest makes copies for nobody."""
     while True:
@@ -208,6 +223,10 @@ def _flush_without_deadlock() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
+def _descriptors(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> int:
     """Entry point; started by the keeper with everything opened and locked."""
     parser = argparse.ArgumentParser(prog="fusedisk.server")
@@ -216,7 +235,9 @@ def main() -> int:
     parser.add_argument("--ready", type=int, required=True)
     parser.add_argument("--told", type=int, required=True)
     parser.add_argument("--go", type=int, required=True)
-    parser.add_argument("--images", type=lambda s: [int(x) for x in s.split(",")], required=True)
+    parser.add_argument("--images", type=_descriptors, required=True)
+    # A keeper that is older than this server has none.
+    parser.add_argument("--witnesses", type=_descriptors, default=[])
     parser.add_argument("--uid", type=int, required=True)
     parser.add_argument("--gid", type=int, required=True)
     parser.add_argument("--mode", type=lambda s: int(s, 8), required=True)

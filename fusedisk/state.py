@@ -51,6 +51,10 @@ class MountRecord(msgspec.Struct, forbid_unknown_fields=True):
     # Where and when it was mounted: the boot, and the inode of each image (0 for a device).
     boot_id: str = ""
     inodes: list[int] = []
+    # Nothing was written through it yet: the images belong to a replica (fusedisk.standby).
+    standby: bool = False
+    # How the images are read and written: "writeback" (page cache) or "none" (O_DIRECT).
+    cache: str = "writeback"
 
 
 class CleanMark(msgspec.Struct, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ from fusedisk.daemons import read_daemons
 from fusedisk.errors import FuseDiskError
 from fusedisk.mounting import find_state
 from fusedisk.replicas import committed_epoch, open_maps, read_record, replica_names, reports
+from fusedisk.slowing import slowed_to
 from fusedisk.state import Disk, MountRecord, read_mount_record
 
 
@@ -18,7 +19,7 @@ def status(mountpoint: Path) -> dict[str, Any]:
     maps = open_maps(state, record)
     try:
         control = Control(state / "control")
-        epoch, fenced = control.epoch, control.fenced
+        epoch, fenced, slowed = control.epoch, control.fenced, slowed_to(control)
         control.close()
         behind = _furthest_behind(state, record)
         disks = [
@@ -35,6 +36,8 @@ def status(mountpoint: Path) -> dict[str, Any]:
         "mountpoint": record.mountpoint,
         "epoch": epoch,
         "fenced": fenced,
+        "standby": record.standby,
+        "slowed_to": slowed,
         "server": {"pid": daemons.server, "restarts": daemons.restarts},
         "keeper": {"pid": daemons.keeper},
         "disks": disks,

@@ -1,0 +1,12 @@
+"""Reads of a backing image out of the page cache, without a copy of our own."""
+
+from libc.stdint cimport uint64_t
+
+cdef struct Mapping:
+    char *base
+    uint64_t length
+
+cdef void mapping_begin(Mapping *mapping, int fd, uint64_t size) noexcept nogil
+cdef const char *mapped_now(Mapping *mapping, uint64_t offset, uint64_t length) noexcept nogil
+cdef void mapping_forget(Mapping *mapping, int fd) noexcept nogil
+cdef void mapping_end(Mapping *mapping) noexcept nogil
