@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from fusedisk.extents import data_extents
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
+_FICLONE = 0x40049409
+# What filesystems say that do not share blocks between files, or not between these two.
+_CANNOT_CLONE = _UNSUPPORTED | {errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOTSUP}
 _ZEROS = bytes(1 << 20)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -65,6 +70,37 @@ class Files:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
+
+    def clone(self, source: int, fd: int) -> None:
+        """Make a file's content that of another, of the same size or larger, sharing its blocks."""
+        fcntl.ioctl(fd, _FICLONE, source)
+
+    def can_clone(self, directory: Path, fd: int) -> bool:
+        """Whether files in a directory can share blocks; tried with two that have no name.
+
+        ``fd`` is one of the filesystem that is there already.
+        """
+        try:
+            with (
+                tempfile.TemporaryFile(dir=directory) as one,
+                tempfile.TemporaryFile(dir=directory) as other,
+            ):
+                self.clone(one.fileno(), other.fileno())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return self._refuses_to_clone_onto_itself(fd)
+            if error.errno not in _CANNOT_CLONE:
+                raise
+            return False
+        return True
+
+    def _refuses_to_clone_onto_itself(self, fd: int) -> bool:
+        """Takes no room; only a filesystem that could clone looks as far as finding this wrong."""
+        try:
+            self.clone(fd, fd)
+        except OSError as error:
+            return error.errno == errno.EINVAL
+        return True
 
     def truncate(self, fd: int, size: int) -> None:
         """Set a file's size in bytes."""

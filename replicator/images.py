@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import stat
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from fusedisk.direct import read_into
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import data_extents
 from replicator.files import Files
@@ -131,17 +131,8 @@ def _block_runs(fd: int, start: int, end: int, block: int) -> Iterator[tuple[int
 def _digests(fd: int, start: int, stop: int, seed: int, block: int) -> bytes:
     digests = bytearray()
     for base in range(start, stop, max(block, _IO_BYTES)):
-        data = memoryview(_read_all(fd, min(max(block, _IO_BYTES), stop - base), base))
+        data = memoryview(bytearray(min(max(block, _IO_BYTES), stop - base)))
+        read_into(fd, data, base)
         for at in range(0, len(data), block):
             digests += xxhash.xxh3_128_digest(data[at : at + block], seed)
     return bytes(digests)
-
-
-def _read_all(fd: int, length: int, offset: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    while len(data) < length:
-        more = os.pread(fd, length - len(data), offset + len(data))
-        if not more:
-            raise OSError(errno.EIO, "the image is shorter than the disk")
-        data += more
-    return data

@@ -3,6 +3,8 @@
 The images change under the reader, but never unseen: what a pass overwrites is in an undo file
 before (docs/crash-model.md). So a range is read from the image first; then the undo files are read
 on from where they ended last time, and what they hold by now of that range replaces what was read.
+Where the filesystem clones, the manifest names clones of the images before these change: then the
+range is read again from those.
 The point is pinned, so that it stays listed; that it still is, is checked after each read as well.
 """
 
@@ -10,16 +12,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xxhash
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import data_extents
+from replicator.clones import open_clones
 from replicator.images import HashSegment, open_images
 from replicator.manifest import Manifest, Point, manifest_path, read_manifest
 from replicator.pins import Pin
+from replicator.points import chain
 from replicator.records import DATA
 from replicator.replica import Replica
 from replicator.store import ReplicaBusy, Store
@@ -29,6 +33,8 @@ _WINDOW_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 _WAIT_SECONDS_MAX = 60.0
 _WAIT_POLL_SECONDS = 0.05
+# Undo files that were merged into older ones and are open still, each with its room.
+_MERGED_MAX = 16
 
 
 class PointGone(FuseDiskError):
@@ -46,6 +52,8 @@ class LivePoint:
         deadline = time.monotonic() + _WAIT_SECONDS_MAX
         while True:
             manifest = _readable(store, name)
+            if not manifest.points and manifest.state == "promoted":
+                raise FuseDiskError(f"replica {name!r} is promoted and has no recovery point")
             if not manifest.points:
                 # A pass is being applied, and its predecessor is not kept.
                 if time.monotonic() > deadline:
@@ -54,12 +62,14 @@ class LivePoint:
                 time.sleep(_WAIT_POLL_SECONDS)
                 continue
             self.point = _choose(name, manifest, point_id)
+            self._clone: int | None = None
             self._pin = Pin(store.path, name, self.point.id)
             try:
                 self.disks = manifest.disks
                 self._overlays = [Overlay() for _ in self.disks]
                 self._manifest_seen: tuple[int, ...] = ()
-                self._images = open_images(self._directory, self.disks)
+                self._over = open_images(self._directory, self.disks)
+                self._images = list(self._over)
                 self._refresh()
             except PointGone:
                 self.close()
@@ -74,8 +84,9 @@ class LivePoint:
     def _refresh(self) -> None:
         """Take in what was added to the undo files. Raises PointGone, PointDamaged, OSError."""
         for _ in range(100):
-            points = self._points()
             try:
+                points = self._points()
+                self._let_go_of_merged(points)
                 for point in points:
                     self._scan(point)
                 return
@@ -90,15 +101,32 @@ class LivePoint:
         seen = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
         if seen != self._manifest_seen:
             manifest = read_manifest(self._directory)
-            points = [] if manifest is None or manifest.state != "following" else manifest.points
-            if self.point.id not in [point.id for point in points]:
+            points = [] if manifest is None or manifest.state == "filling" else manifest.points
+            listed, clone = chain(points, self.point.id)
+            if manifest is not None and manifest.state == "promoted" and clone is None:
+                raise PointGone(_taken(self._directory.name))
+            if manifest is None or not listed or listed[0].id != self.point.id:
                 raise PointGone(
                     f"recovery point {self.point.id} of replica {self._directory.name!r} is no "
                     "longer kept; run it again for another one"
                 )
-            self._listed = [point for point in points if point.id >= self.point.id]
-            self._manifest_seen = seen
+            if clone is not None and self._clone is None:
+                # Invariant: on record before the images change. The old descriptors stay open, for
+                # whoever has their numbers.
+                self._over = open_clones(self._directory, manifest, clone)
+                self._images += self._over
+                self._clone = clone
+            self._listed, self._manifest_seen = listed, seen
         return self._listed
+
+    def _let_go_of_merged(self, points: Sequence[Point]) -> None:
+        """Begin anew once many files are not those of points any more: older ones hold it all."""
+        if len(self._logs.keys() - {point.id for point in points}) <= _MERGED_MAX:
+            return
+        for fd, _ in self._logs.values():
+            os.close(fd)
+        self._logs = {}
+        self._overlays = [Overlay() for _ in self.disks]
 
     def _scan(self, point: Point) -> None:
         fd, position = self._logs.get(point.id, (-1, 0))
@@ -124,11 +152,22 @@ class LivePoint:
         if position < point.undo_bytes:
             raise PointDamaged(f"undo file {path} is damaged at byte {position}")
 
+    def _steadily(self) -> Iterator[list[int]]:
+        """The files that the point lies over, once more if they are others after the block.
+
+        Invariant: what was overwritten in the block is in the undo files taken in after it.
+        """
+        over: list[int] = []
+        while over is not self._over:
+            over = self._over
+            yield over
+            self._refresh()
+
     def read(self, disk: int, offset: int, length: int) -> bytes:
         """Return a range of a disk as it was at the point. Raises FuseDiskError, OSError."""
-        data = bytearray(read_exactly(self._images[disk], length, offset))
-        # Invariant: what was overwritten before that read is in the undo files by now.
-        self._refresh()
+        data = bytearray()
+        for over in self._steadily():
+            data = bytearray(read_exactly(over[disk], length, offset))
         for start, end, place in self._overlays[disk].pieces(offset, offset + length):
             if place is None:
                 continue
@@ -140,9 +179,10 @@ class LivePoint:
 
     def plan(self, disk: int, start: int, end: int) -> list[tuple[int, int]]:
         """(start, end) of what may be data in a range, in order, joined where they touch."""
-        extents = list(data_extents(self._images[disk], start, end))
-        # Invariant: as in `read`; an extent that came or went is covered by an undo record.
-        self._refresh()
+        extents: list[tuple[int, int]] = []
+        for over in self._steadily():
+            # An extent that came or went is covered by an undo record.
+            extents = list(data_extents(over[disk], start, end))
         found: list[tuple[int, int]] = []
         for low, high, place in self._overlays[disk].pieces(start, end):
             if place is None:
@@ -192,6 +232,10 @@ class LivePoint:
             raise FuseDiskError(f"{length} bytes at {offset} are outside disk number {disk}")
         return self.disks[disk].size
 
+    def file(self, disk: int) -> int:
+        """An open file that has the allocated size and the times of a disk, near enough."""
+        return self._images[disk]
+
     def close(self) -> None:
         """Close all files and let the point go."""
         for fd in [*self._images, *(fd for fd, _ in self._logs.values())]:
@@ -205,21 +249,25 @@ def _readable(store: Store, name: str) -> Manifest:
     manifest = read_manifest(directory)
     if manifest is None:
         raise FuseDiskError(f"no replica {name!r} in store {store.path}; check the name")
-    if manifest.state == "promoted":
-        raise FuseDiskError(
-            f"replica {name!r} is promoted and belongs to its guest; "
-            "its images are no recovery point, copy them as they are"
-        )
     if manifest.state == "filling":
         raise FuseDiskError(f"replica {name!r} has no recovery point yet; let its fill finish")
     return manifest
 
 
+def _taken(name: str) -> str:
+    return (
+        f"replica {name!r} is promoted and belongs to its guest, who overwrites what this recovery "
+        "point was read through; points that are clones can still be read, where the filesystem "
+        "has them"
+    )
+
+
 def _choose(name: str, manifest: Manifest, point_id: int | None) -> Point:
-    if point_id is None:
-        return manifest.points[-1]
+    wanted = manifest.points[-1].id if point_id is None else point_id
     for point in manifest.points:
-        if point.id == point_id:
+        if point.id == wanted:
+            if manifest.state == "promoted" and chain(manifest.points, wanted)[1] is None:
+                raise FuseDiskError(_taken(name))
             return point
     raise FuseDiskError(
         f"replica {name!r} has no recovery point {point_id}; 'replicator points' lists them"

@@ -52,13 +52,18 @@ class ReplicaDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class JournalRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A committed journal: its slot, the id in its header, and the point it leads to."""
+    """A committed pass: its journal's slot, the id in its header, and the point it leads to.
+
+    With `clones` there is no journal, but the disks so numbered as the pass left them (clones.py).
+    """
 
     slot: Annotated[int, msgspec.Meta(ge=0, le=1)]
     id: Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern="^[0-9a-f]*$")]
     generation: Text
     epoch: Epoch
     time: float
+    clones: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+    frozen: bool = False
 
 
 class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,7 +82,9 @@ class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A recovery point: the state at (generation, epoch), committed at `time` (Unix seconds).
 
-    `undo_bytes` of its undo file are durable and whole; the newest point needs none.
+    `undo_bytes` of its undo file are durable and whole; the newest point needs none. `clone` is
+    the number in the names of the clones that its undo records lie over, if it has some; else they
+    lie over the next point, or the images. `frozen`: the guest's file systems were frozen then.
     """
 
     id: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
@@ -85,6 +92,8 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: Epoch
     time: float
     undo_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    clone: Annotated[int, msgspec.Meta(ge=1, le=2**62)] | None = None
+    frozen: bool = False
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -203,6 +212,10 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "promoted and applying at once"
     if manifest.state != "filling" and manifest.applying != (manifest.journal is not None):
         return "applying without a journal, or a journal that is not applied"
+    if manifest.journal is not None and manifest.journal.clones is not None:
+        clones = manifest.journal.clones
+        if clones != sorted(set(clones)) or not clones or clones[-1] >= len(manifest.disks):
+            return "a pass to disks that are not there"
     ids = [point.id for point in manifest.points]
     if ids != sorted(set(ids)) or (ids and ids[-1] >= manifest.next_point):
         return "points are out of order"

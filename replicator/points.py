@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.extents import data_extents
 from replicator.files import Files
-from replicator.images import open_images
 from replicator.journal import Record
-from replicator.manifest import Manifest, Point
+from replicator.manifest import PRIVATE_DIRECTORY, Manifest, Point
 from replicator.retention import Policy, kept
-from replicator.undo import Overlay, PointDamaged, UndoLog, read_exactly, undo_path
+from replicator.undo import PointDamaged, UndoLog, undo_path
 
 log = logging.getLogger("replicator.store")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -32,7 +29,8 @@ def before_commit(
     Without undo records of its own it can go at once, and then the point before it takes
     the undo records of the pass.
     """
-    if not points or points[-1].undo_bytes or points[-1].id in pinned:
+    own = points[-1] if points else None
+    if own is None or own.undo_bytes or own.clone is not None or own.id in pinned:
         return list(points)
     stays = kept(policy, [*(point.time for point in points), now])[-2]
     return list(points) if stays else list(points[:-1])
@@ -52,15 +50,16 @@ def save_undo(
     change. Returns the points as they are then. Raises FuseDiskError.
     """
     points = list(manifest.points)
-    if not points:
+    if not points or points[-1].clone is not None:
         for _ in records:
             pass
         return points
     try:
         undo = UndoLog(files, directory, points[-1], manifest.disks)
     except PointDamaged as error:
-        report_lost(directory, points, str(error))
-        return []
+        whole = _independent(points)
+        report_lost(directory, points[len(whole) :], str(error))
+        return whole
     except OSError as error:
         raise FuseDiskError(f"cannot open undo records: {error.strerror}") from error
     try:
@@ -74,7 +73,7 @@ def save_undo(
                 except OSError as error:
                     if error.errno not in _FULL:
                         raise
-                    _drop_oldest(files, directory, points)
+                    drop_oldest(files, directory, points)
         if points:
             # Invariant: what is about to be overwritten is durable here before.
             undo.sync()
@@ -86,11 +85,47 @@ def save_undo(
     return points
 
 
-def _drop_oldest(files: Files, directory: Path, points: list[Point]) -> None:
+def drop_oldest(files: Files, directory: Path, points: list[Point]) -> None:
+    """Take the oldest point off the list and give its room back. Raises OSError."""
     oldest = points.pop(0)
     report_lost(directory, [oldest], "target full")
+    remove_files(files, directory, oldest)
+
+
+def remove_files(files: Files, directory: Path, point: Point) -> None:
+    """Remove what only a point needs. Raises OSError."""
     with suppress(FileNotFoundError):
-        files.unlink(undo_path(directory, oldest.id))
+        files.unlink(undo_path(directory, point.id))
+    if point.clone is not None:
+        for path in _clones(directory, point.clone):
+            files.unlink(path)
+
+
+def _clones(directory: Path, clone: int) -> list[Path]:
+    folder = directory / PRIVATE_DIRECTORY / "clones"
+    return sorted(folder.glob(f"{clone}.*")) if folder.is_dir() else []
+
+
+def _independent(points: Sequence[Point]) -> list[Point]:
+    """The points that need nothing of the newest clone's successors: those up to that clone."""
+    left = list(points)
+    while left and left[-1].clone is None:
+        left.pop()
+    return left
+
+
+def chain(points: Sequence[Point], point_id: int) -> tuple[list[Point], int | None]:
+    """A point and those after it whose undo records it is read through, and the clone below these.
+
+    Below is None where it is the images.
+    """
+    found = []
+    for point in points:
+        if point.id >= point_id:
+            found.append(point)
+            if point.clone is not None:
+                return found, point.clone
+    return found, None
 
 
 def report_lost(directory: Path, points: Sequence[Point], reason: str) -> None:
@@ -104,12 +139,24 @@ def report_lost(directory: Path, points: Sequence[Point], reason: str) -> None:
     )
 
 
-def still_there(directory: Path, points: Sequence[Point]) -> list[Point]:
-    """Return the points without the oldest ones that a full target has cost their undo files."""
-    left = list(points)
-    while left and left[0].undo_bytes and not undo_path(directory, left[0].id).exists():
+def still_there(directory: Path, manifest: Manifest) -> list[Point]:
+    """Return the points without the oldest ones that a full target has cost their files."""
+    left = list(manifest.points)
+    while left and _lacks_files(directory, left[0], len(manifest.disks)):
         del left[0]
     return left
+
+
+def _lacks_files(directory: Path, point: Point, disks: int) -> bool:
+    if point.undo_bytes and not undo_path(directory, point.id).exists():
+        return True
+    return point.clone is not None and len(_clones(directory, point.clone)) < disks
+
+
+def overdue(manifest: Manifest, policy: Policy) -> Set[int]:
+    """Ids of the points that the policy does not keep any more."""
+    wanted = kept(policy, [point.time for point in manifest.points])
+    return {p.id for p, stays in zip(manifest.points, wanted, strict=True) if not stays}
 
 
 def thin_one(
@@ -128,13 +175,17 @@ def thin_one(
     Raises FuseDiskError.
     """
     points = manifest.points
-    wanted = kept(policy, [point.time for point in points])
-    keep = [yes or point.id in pinned for yes, point in zip(wanted, points, strict=True)]
+    due = overdue(manifest, policy)
+    keep = [point.id not in due or point.id in pinned for point in points]
     if all(keep):
         return None
     index = keep.index(False)
     left = [*points[:index], *points[index + 1 :]]
-    if index == 0 or not points[index].undo_bytes:
+    if index == 0 or points[index - 1].clone is not None:
+        return left
+    # The older one lies over what this one lies over, from now on by itself.
+    left[index - 1] = msgspec.structs.replace(points[index - 1], clone=points[index].clone)
+    if not points[index].undo_bytes:
         return left
     try:
         newer = UndoLog(files, directory, points[index], manifest.disks)
@@ -144,15 +195,16 @@ def thin_one(
                 newer.check()
                 older.absorb(newer)
                 older.sync()
-                left[index - 1] = msgspec.structs.replace(points[index - 1], undo_bytes=older.end)
+                left[index - 1] = msgspec.structs.replace(left[index - 1], undo_bytes=older.end)
             finally:
                 older.close()
         finally:
             newer.close()
     except PointDamaged as error:
-        # All older ones need it.
-        report_lost(directory, points[: index + 1], str(error))
-        return points[index + 1 :]
+        # All older ones need it, down to the newest that has clones.
+        whole = _independent(points[:index])
+        report_lost(directory, points[len(whole) : index + 1], str(error))
+        return [*whole, *points[index + 1 :]]
     except OSError as error:
         if error.errno in _FULL:
             report_lost(directory, points[:1], "target full")
@@ -162,80 +214,16 @@ def thin_one(
 
 
 def remove_unlisted(files: Files, directory: Path, points: Sequence[Point]) -> None:
-    """Remove the undo files of points that are no longer listed. Raises OSError."""
+    """Remove undo files and clones of points that are no longer listed. Raises OSError."""
     folder = undo_path(directory, 0).parent
     listed = {str(point.id) for point in points}
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
             if path.name not in listed:
                 files.unlink(path)
-
-
-class PointView:
-    """A point of a replica, for reading. Nothing else may change the replica meanwhile."""
-
-    def __init__(self, files: Files, directory: Path, manifest: Manifest, point_id: int) -> None:
-        """Open the point. Raises FuseDiskError if there is none, or it is damaged."""
-        ids = [point.id for point in manifest.points]
-        if point_id not in ids:
-            raise FuseDiskError(
-                f"replica {directory.name!r} has no recovery point {point_id}; "
-                "'replicator points' lists them"
-            )
-        self.point = manifest.points[ids.index(point_id)]
-        self.disks = manifest.disks
-        self._overlays = [Overlay() for _ in manifest.disks]
-        self._logs: list[UndoLog] = []
-        self._images = open_images(directory, manifest.disks)
-        try:
-            for point in manifest.points[ids.index(point_id) :]:
-                if point.undo_bytes:
-                    self._overlay(UndoLog(files, directory, point, manifest.disks))
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
-                raise FuseDiskError(f"cannot read undo records: {error.strerror}") from error
-            raise
-
-    def _overlay(self, undo: UndoLog) -> None:
-        self._logs.append(undo)
-        undo.check()
-        for disk, overlay in enumerate(undo.overlays):
-            for start, end, place in overlay.pieces(0, self.disks[disk].size):
-                if place is not None:
-                    self._overlays[disk].add(start, end, place)
-
-    def read(self, disk: int, offset: int, length: int) -> bytes:
-        """Return a range of a disk as it was at the point. Raises OSError."""
-        parts = []
-        for start, end, place in self._overlays[disk].pieces(offset, offset + length):
-            if place is None:
-                parts.append(read_exactly(self._images[disk], end - start, start))
-            elif place.fd < 0:
-                parts.append(bytes(end - start))
-            else:
-                parts.append(read_exactly(place.fd, end - start, place.at))
-        return b"".join(parts)
-
-    def overwritten(self, disk: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield (start, end, is data) of what was overwritten since the point, in order."""
-        for start, end, place in self._overlays[disk].pieces(0, self.disks[disk].size):
-            if place is not None:
-                yield start, end, place.fd >= 0
-
-    def data(self, disk: int) -> Iterator[tuple[int, int]]:
-        """Yield (start, end) of what may be data, in order; the rest is zeros. Raises OSError."""
-        for start, end, place in self._overlays[disk].pieces(0, self.disks[disk].size):
-            if place is None:
-                for offset, length in data_extents(self._images[disk], start, end):
-                    yield offset, offset + length
-            elif place.fd >= 0:
-                yield start, end
-
-    def close(self) -> None:
-        """Close all files."""
-        for fd in self._images:
-            os.close(fd)
-        for undo in self._logs:
-            undo.close()
-        self._images, self._logs = [], []
+    folder = directory / PRIVATE_DIRECTORY / "clones"
+    needed = {str(point.clone) for point in points} | {"next"}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.name.partition(".")[0] not in needed:
+                files.unlink(path)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import fence_path
+from replicator.clones import ClonePass
 from replicator.files import Files
 from replicator.journal import JournalHeader, JournalWriter
 from replicator.manifest import JournalRef, Manifest
-from replicator.points import PointView
+from replicator.pointview import PointView
 
 _PIECE_BYTES = 1 << 20
 
@@ -68,6 +72,43 @@ def rollback_journal(
             for disk, fd in enumerate(fds):
                 _write_back(files, view, writer, disk, fd)
             ref = writer.seal(view.point.generation, view.point.epoch, now)
+            ref = msgspec.structs.replace(ref, frozen=view.point.frozen)
+        except BaseException:
+            writer.drop()
+            raise
+        writer.close()
+        return ref
+    finally:
+        view.close()
+
+
+def rollback_clones(
+    files: Files,
+    directory: Path,
+    manifest: Manifest,
+    fds: Sequence[int],
+    point_id: int,
+    now: float,
+) -> JournalRef | None:
+    """As `rollback_journal`, of a pass that is a clone of what the point lies over."""
+    view = PointView(files, directory, manifest, point_id)
+    try:
+        if view.point.id == manifest.points[-1].id:
+            return None
+        writer = ClonePass(files, directory, [view.file(disk) for disk in range(len(fds))])
+        try:
+            for disk in range(len(fds)):
+                # Also where nothing was overwritten: the clone itself is the way back.
+                writer.file(disk)
+                for start, end, is_data in view.overwritten(disk):
+                    if not is_data:
+                        writer.zero(disk, start, end - start)
+                        continue
+                    for at in range(start, end, _PIECE_BYTES):
+                        data = view.read(disk, at, min(_PIECE_BYTES, end - at))
+                        writer.data(disk, at, memoryview(data), None)
+            ref = writer.seal(view.point.generation, view.point.epoch, now)
+            ref = msgspec.structs.replace(ref, frozen=view.point.frozen)
         except BaseException:
             writer.drop()
             raise
@@ -78,7 +119,8 @@ def rollback_journal(
 
 
 def _write_back(files: Files, view: PointView, writer: JournalWriter, disk: int, fd: int) -> None:
-    for start, end, is_data in view.overwritten(disk):
+    ranges = view.overwritten(disk) if view.clone is None else _differing(view, disk, fd)
+    for start, end, is_data in ranges:
         if not is_data:
             writer.zero(disk, start, end - start)
             continue
@@ -87,6 +129,15 @@ def _write_back(files: Files, view: PointView, writer: JournalWriter, disk: int,
         for at in range(start, end, _PIECE_BYTES):
             data = view.read(disk, at, min(_PIECE_BYTES, end - at))
             writer.data(disk, at, memoryview(data), None)
+
+
+def _differing(view: PointView, disk: int, fd: int) -> Iterator[tuple[int, int, bool]]:
+    """What an image has otherwise than a point that does not lie over it."""
+    size = view.disks[disk].size
+    for start in range(0, size, _PIECE_BYTES):
+        end = min(start + _PIECE_BYTES, size)
+        if view.read(disk, start, end - start) != os.pread(fd, end - start, start):
+            yield start, end, True
 
 
 def disk_paths(directory: Path, manifest: Manifest) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from fusedisk.errors import FuseDiskError
+from replicator.clones import publish, remove_next
 from replicator.files import Files
 from replicator.journal import JournalDamaged, read_journal, remove_journals
 from replicator.manifest import Manifest, Point, settle_manifest, write_manifest
@@ -39,6 +40,12 @@ def apply_journal(
     """
     assert manifest.journal is not None
     ref, disks = manifest.journal, manifest.disks
+
+    def sync() -> None:
+        sync_images(files, directory, manifest, fds)
+
+    if ref.clones is not None:
+        return publish(files, directory, manifest, fds, record_points, sync)
     points = save_undo(
         files, directory, manifest, fds, read_journal(directory, ref, manifest.source_id, disks)
     )
@@ -47,18 +54,18 @@ def apply_journal(
         # change; saving them again after a crash would save the new content as the old.
         record_points(points)
     for record in read_journal(directory, ref, manifest.source_id, disks):
-        image = directory / disks[record.disk].name
         try:
             if record.data is None:
                 files.zero(fds[record.disk], record.offset, record.length)
             else:
                 files.write(fds[record.disk], [record.data], record.offset)
         except OSError as error:
+            image = directory / disks[record.disk].name
             raise FuseDiskError(
                 f"cannot apply a pass to image {image}: {error.strerror}; it is kept in the "
                 "journal, and applied when the replica is opened after the cause is removed"
             ) from error
-    sync_images(files, directory, manifest, fds)
+    sync()
     return points
 
 
@@ -82,7 +89,7 @@ def applied(manifest: Manifest, points: Sequence[Point]) -> Manifest:
     """Return what to record once the images have reached the journal's point."""
     assert manifest.journal is not None
     ref = manifest.journal
-    reached = Point(manifest.next_point, ref.generation, ref.epoch, ref.time)
+    reached = Point(manifest.next_point, ref.generation, ref.epoch, ref.time, frozen=ref.frozen)
     return msgspec.structs.replace(
         manifest,
         generation=ref.generation,
@@ -136,7 +143,7 @@ def recover(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     # Invariant: what was read here is durable before a journal it does not name is removed.
     settle_manifest(files, directory)
-    left = still_there(directory, manifest.points)
+    left = still_there(directory, manifest)
     if left != manifest.points:
         manifest = msgspec.structs.replace(manifest, points=left)
         write_manifest(files, directory, manifest)
@@ -155,7 +162,7 @@ def recover(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int
             report_damage(directory, damage, len(manifest.points))
             manifest = unknown(manifest)
         write_manifest(files, directory, manifest)
-    if remove_journals(files, directory):
+    if remove_journals(files, directory) + remove_next(files, directory):
         log.info("replica %s: removed what was left in its journal", directory.name)
     remove_unlisted(files, directory, manifest.points)
     return manifest

@@ -7,28 +7,24 @@ the order of steps and what a crash at each leaves.
 
 from __future__ import annotations
 
-import errno
 import os
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.image import stamp
-from replicator.adoption import is_unclaimed
+from fusedisk.units import format_size
+from replicator.clones import ClonePass, preserve
+from replicator.deciding import DecidableReplica
+from replicator.holding import Status, TargetFull
 from replicator.images import HashSegment, create_replica, hash_segments, open_images
-from replicator.journal import SLOTS, JournalDamaged, JournalHeader, JournalWriter, remove_journals
+from replicator.journal import SLOTS, JournalHeader, JournalWriter
 from replicator.manifest import (
-    MAX_ABORTED_TOKENS,
     PRIVATE_DIRECTORY,
     Filled,
-    Manifest,
     Point,
     ReplicaDisk,
     check_disks,
@@ -36,115 +32,23 @@ from replicator.manifest import (
     check_power_of_two,
     check_text,
     clear_errors,
-    manifest_path,
     new_manifest,
     read_manifest,
     write_manifest,
 )
-from replicator.pins import pinned_points
-from replicator.points import before_commit, remove_unlisted, report_lost, thin_one
-from replicator.promotion import clear_image_fences, promoted_text, rollback_journal
-from replicator.recovery import (
-    applied,
-    apply_journal,
-    recover,
-    report_damage,
-    sync_images,
-    unknown,
-)
+from replicator.opening import compare_with_manifest, in_order
+from replicator.points import before_commit
+from replicator.recovery import recover
 from replicator.retention import parse_policy
-from replicator.undo import undo_path
 
 if TYPE_CHECKING:
     from replicator.store import Store
 
-Status = Literal["new", "existing"]
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+__all__ = ["Replica", "TargetFull"]
 
 
-class TargetFull(FuseDiskError):
-    """There is no room for a pass; the replica is as it was before it."""
-
-
-def _compare_with_manifest(
-    name: str, manifest: Manifest, source_id: str, disks: Sequence[ReplicaDisk]
-) -> None:
-    """Refuse a source that this replica is not a copy of."""
-    if manifest.state == "promoted":
-        raise FuseDiskError(promoted_text(name, manifest, ours=manifest.source_id == source_id))
-    if manifest.source_id != source_id and not is_unclaimed(manifest):
-        raise FuseDiskError(
-            f"replica {name!r} belongs to source {manifest.source_id!r}, not to {source_id!r}; "
-            "replicate under another name"
-        )
-    have = {disk.name: disk.size for disk in manifest.disks}
-    want = {disk.name: disk.size for disk in disks}
-    if have.keys() != want.keys():
-        raise FuseDiskError(
-            f"replica {name!r} has disks {', '.join(sorted(map(repr, have)))} but the source has "
-            f"{', '.join(sorted(map(repr, want)))}; replicate under another name"
-        )
-    for disk, size in want.items():
-        if have[disk] != size:
-            raise FuseDiskError(
-                f"disk {disk!r} of replica {name!r} has {have[disk]} bytes but the source's has "
-                f"{size}; replicate under another name"
-            )
-
-
-def _in_order(manifest: Manifest | None, disks: Sequence[ReplicaDisk]) -> list[ReplicaDisk]:
-    """Return the source's disks in the order that the replica's records number them by."""
-    if manifest is None:
-        return list(disks)
-    by_name = {disk.name: disk for disk in disks}
-    return [by_name[disk.name] for disk in manifest.disks]
-
-
-class Replica:
-    """An open replica. All methods may be called from any thread.
-
-    Three locks, taken in this order:
-    - `_apply_mutex`: held while the journal is applied, so that whoever needs the images at the
-      committed point gets there by taking it; it also keeps the descriptors open meanwhile.
-    - sharing and excluding: writes and reads run side by side; a change of the manifest waits for
-      those under way and keeps new ones out, so that a commit covers exactly the writes that
-      returned before it, and no descriptor is closed (and its number reused) under a write.
-      An apply touches only the images and shares with nobody who does, so it is not counted.
-    - the journal writer's own.
-
-    Every method raises FuseDiskError when it refuses, and when the filesystem reports an error.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        directory: Path,
-        manifest: Manifest,
-        fds: list[int],
-        status: Status,
-        numbers: list[int] | None = None,
-    ) -> None:
-        """Use `Replica.open` or `Replica.load`; this takes over `fds` and the claimed name.
-
-        `numbers` are the places of the source's disks in the manifest, whose order never changes:
-        journals and undo records number the disks by it.
-        """
-        self._store = store
-        self._files = store.files
-        self._directory = directory
-        self._manifest = manifest
-        self._fds = fds
-        self._numbers = numbers or list(range(len(fds)))
-        self._receiving: JournalWriter | None = None
-        self._filling: int | None = None
-        self._apply_mutex = threading.Lock()
-        self._condition = threading.Condition()
-        self._shared = 0
-        self._exclusive = False
-        self._closed = False
-        self._unusable: str | None = None
-        self.status: Status = status
-        """"new" if `open` created the replica, else "existing"."""
+class Replica(DecidableReplica):
+    """An open replica: passes into it, and its hashes. Any thread may call any method."""
 
     @classmethod
     def open(cls, store: Store, name: str, source_id: str, disks: Sequence[ReplicaDisk]) -> Replica:
@@ -168,8 +72,8 @@ class Replica:
                 status = "new"
             manifest = read_manifest(directory)
             if manifest is not None:
-                _compare_with_manifest(name, manifest, source_id, disks)
-            ordered = _in_order(manifest, disks)
+                compare_with_manifest(name, manifest, source_id, disks)
+            ordered = in_order(manifest, disks)
             fds = open_images(directory, ordered)
             try:
                 with clear_errors(f"cannot open replica {directory}"):
@@ -218,16 +122,6 @@ class Replica:
                     os.close(fd)
                 raise
 
-    @property
-    def name(self) -> str:
-        """The replica's name in its store."""
-        return self._directory.name
-
-    @property
-    def manifest(self) -> Manifest:
-        """What is durably recorded; an immutable snapshot."""
-        return self._manifest
-
     def write(
         self, disk: int, offset: int, data: bytes | memoryview, digest: bytes | None = None
     ) -> None:
@@ -245,8 +139,9 @@ class Replica:
                 if self._receiving is None:
                     self._files.write(fd, [view], offset)
                 elif view.nbytes:
-                    # Invariant: applying what was committed never ends for want of room.
-                    self._files.reserve(fd, offset, view.nbytes)
+                    if not self._cloning:
+                        # Invariant: applying what was committed never ends for want of room.
+                        self._files.reserve(fd, offset, view.nbytes)
                     self._receiving.data(disk, offset, view, digest)
 
     def zero(self, disk: int, offset: int, length: int) -> None:
@@ -291,15 +186,21 @@ class Replica:
             with clear_errors(f"cannot read image {self._image(disk)}"):
                 return list(hash_segments(fd, offset, length, seed, block))
 
-    def begin(self, epoch: int, generation: str | None = None) -> None:
+    def begin(self, epoch: int, generation: str | None = None, data_bytes: int = 0) -> None:
         """Begin a pass towards `epoch`; one that was cut off is dropped and may be begun again.
 
         What a checkpoint noted of (`generation`, `epoch`) holds on, of any other it is forgotten.
 
+        `data_bytes` is about how much data it will have, if that is known.
+
         Before the first point, what the images are to go through is recorded durably. Raises
-        FuseDiskError if the replica is promoted.
+        FuseDiskError if the replica is promoted, TargetFull where a journal would not fit.
         """
         check_epoch(epoch)
+        if self._cloning:
+            # Invariant: a pass is cloned from images at the point committed last.
+            with self._at_rest():
+                pass
         with self._dropping_if_full(), self._excluding():
             self._require_not_promoted()
             self._drop_pass()
@@ -314,6 +215,12 @@ class Replica:
                     self._record(msgspec.structs.replace(manifest, applying=True, filled=filled))
                 self._filling = epoch
                 return
+            if self._cloning:
+                with clear_errors(f"cannot begin a pass for replica {self.name!r}"):
+                    before, self._published = self._published, None
+                    self._receiving = ClonePass(self._files, self._directory, self._fds, before)
+                return
+            self._require_room(data_bytes)
             generation, last = manifest.committed
             header = JournalHeader(uuid.uuid4().hex, manifest.source_id, generation, last, epoch)
             # Invariant: the slot of a committed journal is not touched before it is applied.
@@ -322,6 +229,19 @@ class Replica:
             )
             with clear_errors(f"cannot begin a journal for replica {self.name!r}"):
                 self._receiving = JournalWriter(self._files, self._directory, slot, header)
+
+    def _require_room(self, needed: int) -> None:
+        """Refuse a pass before it is sent where dropping points would not make room either."""
+        with clear_errors(f"cannot look how much room replica {self.name!r} has"):
+            found = os.statvfs(self._directory)
+        left = found.f_bavail * found.f_frsize
+        droppable = sum(point.undo_bytes for point in self._manifest.points[:-1])
+        if needed > left + droppable:
+            raise TargetFull(
+                f"target full: the next pass of replica {self.name!r} needs {format_size(needed)} "
+                f"for its journal and there are {format_size(left)} left; free some at the target, "
+                "or keep the store on a filesystem with reflinks"
+            )
 
     @property
     def filled(self) -> Filled | None:
@@ -356,13 +276,20 @@ class Replica:
         return [self._manifest.disks[number].name for number in self._numbers]
 
     def commit(
-        self, generation: str, epoch: int, now: float | None = None, *, consistent: bool = True
+        self,
+        generation: str,
+        epoch: int,
+        now: float | None = None,
+        *,
+        consistent: bool = True,
+        frozen: bool = False,
     ) -> None:
         """Make the pass durable and record it as the replica's point; call `apply` then.
 
         Before the first point a pass may be no state that the disks ever had (not `consistent`): it
         is recorded as the base of the next one, and the replica goes on to count as filling.
 
+        `frozen` is noted with the point: the guest was frozen at its instant.
         `now` is the time recorded with it, in Unix seconds; default: the clock's.
 
         Waits for the apply of the pass before it. Raises FuseDiskError outside a pass, if promoted,
@@ -384,14 +311,18 @@ class Replica:
                     f"{epoch}; compare the disks again"
                 )
             if self._receiving is not None and self._receiving.records:
-                with clear_errors(f"cannot sync journal {self._receiving.path}"):
+                points = before_commit(last.points, parse_policy(last.keep), now, self._pinned())
+                with clear_errors(f"cannot sync {self._receiving.path}"):
+                    if self._cloning:
+                        points = preserve(self._files, self._directory, self._fds, points)
                     ref = self._receiving.seal(generation, epoch, now)
+                    ref = msgspec.structs.replace(ref, frozen=frozen)
                 # Invariant: from here on the journal may be named by a manifest, so only the next
                 # open may drop it.
-                self._receiving.close()
-                self._receiving = None
+                if isinstance(self._receiving, JournalWriter):
+                    self._receiving.close()
+                self._committed, self._receiving = self._receiving, None
                 # Invariant: this record is the commit; nothing is acknowledged or applied before.
-                points = before_commit(last.points, parse_policy(last.keep), now, self._pinned())
                 self._record(
                     msgspec.structs.replace(last, applying=True, journal=ref, points=points)
                 )
@@ -416,7 +347,7 @@ class Replica:
                     filled=None,
                     points=[
                         *before_commit(last.points, parse_policy(last.keep), now, self._pinned()),
-                        Point(last.next_point, generation, epoch, now),
+                        Point(last.next_point, generation, epoch, now, frozen=frozen),
                     ],
                     next_point=last.next_point + 1,
                 )
@@ -431,204 +362,6 @@ class Replica:
         with self._at_rest():
             self._thin()
 
-    @contextmanager
-    def _at_rest(self) -> Iterator[None]:
-        """Apply what is committed, and keep the images at that point."""
-        with self._apply_mutex:
-            with self._condition:
-                self._require_usable()
-                manifest = self._manifest
-            if manifest.journal is not None:
-                self._apply(manifest)
-            yield
-
-    def _apply(self, manifest: Manifest) -> None:
-        try:
-            points = apply_journal(
-                self._files, self._directory, manifest, self._fds, self._record_points
-            )
-        except JournalDamaged as damage:
-            report_damage(self._directory, damage, len(manifest.points))
-            with self._excluding():
-                self._record(unknown(self._manifest))
-                self._unusable = "lost a pass to a damaged journal; open it again and compare"
-            raise
-        except FuseDiskError:
-            with self._condition:
-                self._unusable = "failed to apply a pass; open it again"
-            raise
-        with self._excluding():
-            # Invariant: the images are durable at this point before the manifest says so, and
-            # the manifest before the journal goes.
-            self._record(applied(self._manifest, points))
-        assert manifest.journal is not None
-        with clear_errors(f"cannot remove the applied journal of replica {self.name!r}"):
-            remove_journals(self._files, self._directory, [manifest.journal.slot])
-
-    def _record_points(self, points: list[Point]) -> None:
-        with self._excluding():
-            self._record(msgspec.structs.replace(self._manifest, points=points))
-
-    def _pinned(self) -> frozenset[int]:
-        with clear_errors(f"cannot look who reads replica {self.name!r}"):
-            return pinned_points(self._store.path, self.name)
-
-    def _thin(self) -> None:
-        """Let go of the points that the policy no longer keeps; `_apply_mutex` is held."""
-        policy, pinned = parse_policy(self._manifest.keep), self._pinned()
-        while True:
-            step = thin_one(self._files, self._directory, self._manifest, policy, pinned)
-            if step is None:
-                return
-            self._record_points(step)
-            with clear_errors(f"cannot remove a recovery point of replica {self.name!r}"):
-                remove_unlisted(self._files, self._directory, step)
-
-    def promote(self, token: str, epoch: int) -> None:
-        """Make the replica authoritative at `epoch` for the cutover `token`; durable on return.
-
-        Repeating it with the same token and epoch changes nothing. Raises FuseDiskError if the
-        replica is not at rest at that epoch, the token was aborted, or it is promoted otherwise.
-        """
-        check_text("cutover token", token)
-        check_epoch(epoch)
-        with self._at_rest(), self._excluding():
-            manifest = self._manifest
-            what = f"replica {self.name!r} cannot be promoted"
-            if manifest.state == "promoted" and manifest.token != token:
-                raise FuseDiskError(
-                    f"{what}: another cutover ({manifest.token!r}) already did; "
-                    "use the replica as it is"
-                )
-            if token in manifest.aborted_tokens:
-                raise FuseDiskError(f"{what}: cutover {token!r} was aborted; start a new cutover")
-            if manifest.epoch != epoch:
-                raise FuseDiskError(
-                    f"{what}: it holds epoch {manifest.epoch}, not {epoch}; "
-                    "replicate once more, then start a new cutover"
-                )
-            if manifest.state == "promoted":
-                return
-            if manifest.state != "following":
-                raise FuseDiskError(f"{what}: its first fill is not complete; let it finish")
-            if self._receiving is not None:
-                raise FuseDiskError(f"{what}: a pass is half received; replicate until it commits")
-            self._promote(token)
-
-    def take_over(self, token: str, *, force: bool) -> None:
-        """Make the replica the disk without its source; durable on return.
-
-        Repeating it changes nothing. Raises FuseDiskError if there is no whole point, unless
-        `force` is given, or on an I/O error.
-        """
-        check_text("token", token)
-        with self._at_rest(), self._excluding():
-            manifest = self._manifest
-            if manifest.state == "promoted":
-                return
-            if manifest.state == "filling" and not force:
-                raise FuseDiskError(
-                    f"replica {self.name!r} has no whole point: its images are no state that the "
-                    "disks ever had; --force takes them as they are, check them before use"
-                )
-            self._drop_pass()
-            self._promote(token)
-
-    def roll_back(self, point_id: int) -> None:
-        """Bring the images back to a recovery point, by a journal made of the undo records.
-
-        So a crash leaves the one or the other point, and the images are as if the pass to the
-        point were the last one received. Raises FuseDiskError if the point is not there, or there
-        is no room; then nothing has changed.
-        """
-        with self._at_rest():
-            with self._excluding():
-                self._require_not_promoted()
-                self._drop_pass()
-                manifest = self._manifest
-            with clear_errors(f"cannot roll replica {self.name!r} back"):
-                ref = rollback_journal(
-                    self._files, self._directory, manifest, self._fds, point_id, time.time()
-                )
-            if ref is None:
-                return
-            with self._excluding():
-                # Invariant: as in `commit`, this record alone makes the journal count.
-                self._record(msgspec.structs.replace(manifest, applying=True, journal=ref))
-            self._apply(self._manifest)
-
-    def _promote(self, token: str) -> None:
-        """Record the promotion; the replica is at rest and nobody shares it."""
-        # Promoted implies applied and synced: nothing of ours flushes these images afterwards.
-        self._sync_images()
-        try:
-            stamps = [stamp(fd) for fd in self._fds]
-            # Invariant: an adopted image loses its fence only while the manifest still refuses
-            # mounts, and before it allows them.
-            clear_image_fences(self._files, self._directory, self._manifest)
-        except OSError as error:
-            raise FuseDiskError(
-                f"cannot promote replica {self.name!r}: {error.strerror}; it is a replica still"
-            ) from error
-        self._record(
-            msgspec.structs.replace(
-                self._manifest,
-                state="promoted",
-                token=token,
-                applying=False,
-                filled=None,
-                promoted_at=time.time(),
-                stamps=stamps,
-            )
-        )
-
-    def abort(self, token: str) -> None:
-        """Record durably that the cutover `token` never promotes this replica.
-
-        The last 16 aborted tokens are kept. Raises FuseDiskError if it was promoted with `token`.
-        """
-        check_text("cutover token", token)
-        with self._excluding():
-            manifest = self._manifest
-            if manifest.token == token:
-                raise FuseDiskError(
-                    f"cutover {token!r} cannot be aborted: replica {self.name!r} is promoted "
-                    "with it; go on at the target"
-                )
-            if token not in manifest.aborted_tokens:
-                kept = [*manifest.aborted_tokens, token][-MAX_ABORTED_TOKENS:]
-                self._record(msgspec.structs.replace(manifest, aborted_tokens=kept))
-
-    def close(self) -> None:
-        """Close the images after the calls under way; nothing is synced, and a pass not committed
-        is dropped. Repeating it is fine."""
-        with self._apply_mutex, self._alone():
-            if self._closed:
-                return
-            self._closed = True
-            try:
-                self._drop_pass()
-            finally:
-                for fd in self._fds:
-                    # Errors of a write show in fsync, which decides; a close adds nothing.
-                    with suppress(OSError):
-                        os.close(fd)
-                self._fds = []
-                self._numbers = []
-                self._unusable = "is closed"
-                self._store.release(self.name)
-
-    def __enter__(self) -> Replica:
-        """Return the replica itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the replica."""
-        self.close()
-
-    def _image(self, disk: int) -> Path:
-        return self._directory / self._manifest.disks[disk].name
-
     def _range(self, number: int, offset: int, length: int) -> tuple[int, int]:
         """Return the place and the descriptor of the source's disk if the range lies within it."""
         if not 0 <= number < len(self._numbers):
@@ -642,108 +375,8 @@ class Replica:
             )
         return disk, self._fds[disk]
 
-    def _require_not_promoted(self) -> None:
-        if self._manifest.state == "promoted":
-            raise FuseDiskError(
-                f"replica {self.name!r} is promoted and belongs to its guest; "
-                "replicate under another name"
-            )
-
     def _require_changeable(self) -> None:
         self._require_not_promoted()
         # A manifest that names a point must not lie about the images, not even for one write.
         if self._manifest.state == "following" and self._receiving is None:
             raise FuseDiskError(f"replica {self.name!r} is at rest; begin a pass before writing")
-
-    def _drop_pass(self) -> None:
-        if self._receiving is not None:
-            self._receiving.drop()
-            self._receiving = None
-
-    @contextmanager
-    def _dropping_if_full(self) -> Iterator[None]:
-        """Give the room of an unfinished pass back where the target is full."""
-        try:
-            yield
-        except FuseDiskError as error:
-            cause = error.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in _FULL:
-                raise
-            with self._alone():
-                self._drop_pass()
-            freed = self._drop_oldest_point()
-            raise TargetFull(
-                f"target full: no room for a pass of replica {self.name!r}; "
-                + (f"recovery point {freed} was dropped" if freed else "free some at the target")
-                + ", the sender tries again"
-            ) from error
-
-    def _drop_oldest_point(self) -> int | None:
-        """Give the room of the oldest point back; its id, or None where only the newest is left."""
-        with self._apply_mutex, self._alone():
-            points = self._manifest.points
-            if self._unusable is not None or len(points) < 2:
-                return None
-            oldest = points[0]
-            # Before the record, which needs room too: a listed oldest point without its file is
-            # taken for dropped.
-            with suppress(OSError):
-                self._files.unlink(undo_path(self._directory, oldest.id))
-            report_lost(self._directory, [oldest], "target full")
-            self._record(msgspec.structs.replace(self._manifest, points=points[1:]))
-            return oldest.id
-
-    def _sync_images(self) -> None:
-        try:
-            sync_images(self._files, self._directory, self._manifest, self._fds)
-        except FuseDiskError:
-            self._unusable = "failed to sync; open it again and repeat the pass"
-            raise
-
-    def _record(self, manifest: Manifest) -> None:
-        try:
-            write_manifest(self._files, self._directory, manifest)
-        except OSError as error:
-            # Old or new may be on disk now; only reading it again can tell.
-            self._unusable = "failed to record its state; open it again"
-            raise FuseDiskError(
-                f"cannot write manifest {manifest_path(self._directory)}: {error.strerror}"
-            ) from error
-        self._manifest = manifest
-
-    def _require_usable(self) -> None:
-        if self._unusable is not None:
-            raise FuseDiskError(f"replica {self.name!r} {self._unusable}")
-
-    @contextmanager
-    def _sharing(self) -> Iterator[None]:
-        with self._condition:
-            self._condition.wait_for(lambda: not self._exclusive)
-            self._require_usable()
-            self._shared += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._shared -= 1
-                self._condition.notify_all()
-
-    @contextmanager
-    def _excluding(self) -> Iterator[None]:
-        with self._alone():
-            self._require_usable()
-            yield
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._condition:
-            self._condition.wait_for(lambda: not self._exclusive)
-            # Set before waiting for the shared ones, so that a stream of them cannot starve this.
-            self._exclusive = True
-            self._condition.wait_for(lambda: self._shared == 0)
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._exclusive = False
-                self._condition.notify_all()

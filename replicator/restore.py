@@ -16,7 +16,7 @@ import xxhash
 from fusedisk.errors import FuseDiskError
 from replicator.files import Files
 from replicator.livepoint import LivePoint
-from replicator.points import PointView
+from replicator.pointview import PointView
 
 _BLOCK_BYTES = 1 << 20
 

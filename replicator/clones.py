@@ -1,0 +1,235 @@
+"""Passes and recovery points as clones (reflinks), where the filesystem of the store has them.
+
+`STORE/NAME/.fusedisk/clones/`:
+
+    next.N   disk N as the pass being received leaves it: a clone of the image, written to
+    ID.N     disk N at point ID, which is the end of the undo records of all points before it
+
+So a pass is written once, with no journal. Its commit names the disks it has; then each image is
+made a clone of its `next.N`. The image stays the same file: who has it open, such as a QEMU that
+waits for a guest, would otherwise go on with a file that no name leads to.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from fusedisk.errors import FuseDiskError
+from replicator.files import Files
+from replicator.journal import JournalDamaged
+from replicator.manifest import PRIVATE_DIRECTORY, JournalRef, Manifest, Point
+from replicator.points import drop_oldest
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def clone_directory(directory: Path) -> Path:
+    """Return where the replica in `directory` keeps its clones."""
+    return directory / PRIVATE_DIRECTORY / "clones"
+
+
+def _next_path(directory: Path, disk: int) -> Path:
+    return clone_directory(directory) / f"next.{disk}"
+
+
+class ClonePass:
+    """A pass being received into clones. Methods may be called from any thread."""
+
+    def __init__(
+        self,
+        files: Files,
+        directory: Path,
+        begin: Sequence[int],
+        before: ClonePass | None = None,
+    ) -> None:
+        """Start a pass from the files `begin`, which nobody changes meanwhile. Raises OSError.
+
+        Where the pass `before` was published into these, what is left of it is as good as a clone,
+        and this takes it over.
+        """
+        self._files, self._directory, self._begin = files, directory, begin
+        self._next: dict[int, int] = {}
+        self._equal: dict[int, int] = {}
+        if before is not None:
+            self._equal = before._next | before._equal
+            before._next, before._equal = {}, {}
+        self._mutex = threading.Lock()
+        self.path = clone_directory(directory)
+        self.records = 0
+        make_directory(files, directory)
+        if before is None:
+            remove_next(files, directory)
+
+    def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
+        """Write data. Raises OSError."""
+        self._files.write(self.file(disk), [data], offset)
+
+    def zero(self, disk: int, offset: int, length: int) -> None:
+        """Make zeros of a range. Raises OSError."""
+        if length:
+            self._files.zero(self.file(disk), offset, length)
+
+    def file(self, disk: int) -> int:
+        """The disk as the pass leaves it, cloned before its first change. Raises OSError."""
+        with self._mutex:
+            self.records += 1
+            if disk in self._equal:
+                self._next[disk] = self._equal.pop(disk)
+            if disk not in self._next:
+                fd = self._files.create(_next_path(self._directory, disk))
+                try:
+                    self._files.clone(self._begin[disk], fd)
+                except BaseException:
+                    os.close(fd)
+                    raise
+                self._next[disk] = fd
+            return self._next[disk]
+
+    def seal(self, generation: str, epoch: int, time: float) -> JournalRef:
+        """Make the pass durable; what to name in the manifest. Raises OSError."""
+        for fd in self._next.values():
+            # Invariant: content and names are durable before a manifest names them.
+            self._files.sync(fd)
+        self._files.sync_directory(self.path)
+        clones = sorted(self._next)
+        return JournalRef(0, uuid.uuid4().hex, generation, epoch, time, clones)
+
+    def close(self) -> None:
+        """Close the files and leave them as they are. Repeating it is fine."""
+        for fd in [*self._next.values(), *self._equal.values()]:
+            with suppress(OSError):
+                os.close(fd)
+        self._next, self._equal = {}, {}
+
+    def drop(self) -> None:
+        """Remove a pass that is not to be committed, to give its room back."""
+        self.close()
+        # What cannot be removed now is removed when the replica is opened next.
+        with suppress(OSError):
+            remove_next(self._files, self._directory)
+
+
+def make_directory(files: Files, directory: Path) -> None:
+    """Make the directory of clones where there is none, durably. Raises OSError."""
+    folder = clone_directory(directory)
+    if not folder.is_dir():
+        files.mkdir(folder)
+        files.sync_directory(folder.parent)
+
+
+def remove_next(files: Files, directory: Path) -> int:
+    """Remove the files of a pass, which must not be committed, and return how many.
+
+    Not durable: those that come back are not named by a manifest. Raises OSError.
+    """
+    removed = 0
+    folder = clone_directory(directory)
+    if folder.is_dir():
+        for path in sorted(folder.glob("next.*")):
+            files.unlink(path)
+            removed += 1
+    return removed
+
+
+def preserve(
+    files: Files, directory: Path, fds: Sequence[int], points: Sequence[Point]
+) -> list[Point]:
+    """Clone the images for the newest point, unless it has clones; the points to record then.
+
+    The clones are durable; until they are on record they count for nothing. Raises OSError.
+    """
+    if not points or points[-1].clone is not None:
+        return list(points)
+    make_directory(files, directory)
+    newest = points[-1]
+    for disk, image in enumerate(fds):
+        path = clone_path(directory, newest.id, disk)
+        with suppress(FileNotFoundError):
+            files.unlink(path)
+        fd = files.create(path)
+        try:
+            files.clone(image, fd)
+            files.sync(fd)
+        finally:
+            os.close(fd)
+    files.sync_directory(clone_directory(directory))
+    return [*points[:-1], msgspec.structs.replace(newest, clone=newest.id)]
+
+
+def clone_path(directory: Path, clone: int, disk: int) -> Path:
+    """Return where the clone of a disk for a point is."""
+    return clone_directory(directory) / f"{clone}.{disk}"
+
+
+def open_clones(directory: Path, manifest: Manifest, clone: int) -> list[int]:
+    """Open the clones of all disks for reading. Raises OSError, FuseDiskError for damage."""
+    return _open([clone_path(directory, clone, n) for n in range(len(manifest.disks))], manifest)
+
+
+def _open(paths: Sequence[Path], manifest: Manifest, disks: Sequence[int] = ()) -> list[int]:
+    numbers = disks or range(len(manifest.disks))
+    fds: list[int] = []
+    try:
+        for path, disk in zip(paths, numbers, strict=True):
+            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+            size = os.fstat(fds[-1]).st_size
+            if size != manifest.disks[disk].size:
+                raise FuseDiskError(
+                    f"{path} is damaged: it has {size} bytes, the disk {manifest.disks[disk].size}"
+                )
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
+
+
+def publish(
+    files: Files,
+    directory: Path,
+    manifest: Manifest,
+    fds: Sequence[int],
+    record_points: Callable[[list[Point]], None],
+    sync: Callable[[], None],
+) -> list[Point]:
+    """Make the images what the committed pass left, and `sync` them; the points before it.
+
+    Repeating it ends the same. Where there is no room even for that, the oldest points go, which
+    `record_points` makes durable. Raises JournalDamaged with nothing changed, or FuseDiskError.
+    """
+    ref = manifest.journal
+    assert ref is not None and ref.clones is not None
+    try:
+        paths = [_next_path(directory, disk) for disk in ref.clones]
+        passed = _open(paths, manifest, ref.clones)
+    except FuseDiskError as error:
+        raise JournalDamaged(str(error)) from error
+    except OSError as error:
+        raise JournalDamaged(f"pass in {clone_directory(directory)}: {error.strerror}") from error
+    points = list(manifest.points)
+    try:
+        while True:
+            try:
+                for disk, fd in zip(ref.clones, passed, strict=True):
+                    files.clone(fd, fds[disk])
+                sync()
+                return points
+            except OSError as error:
+                if error.errno not in _FULL or len(points) < 2:
+                    raise FuseDiskError(
+                        f"cannot apply a pass to the images in {directory}: {error.strerror}; it "
+                        "is kept, and applied when the replica is opened after the cause is removed"
+                    ) from error
+                drop_oldest(files, directory, points)
+                record_points(points)
+    finally:
+        for fd in passed:
+            os.close(fd)

@@ -1,0 +1,325 @@
+"""A replica that this process holds: its locks, its record, and how its images get to rest."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import msgspec
+
+from fusedisk.errors import FuseDiskError
+from replicator.clones import ClonePass, remove_next
+from replicator.journal import JournalDamaged, JournalWriter, remove_journals
+from replicator.manifest import (
+    PRIVATE_DIRECTORY,
+    JournalRef,
+    Manifest,
+    Point,
+    clear_errors,
+    manifest_path,
+    write_manifest,
+)
+from replicator.pins import pinned_points
+from replicator.points import overdue, remove_files, remove_unlisted, report_lost, thin_one
+from replicator.recovery import (
+    applied,
+    apply_journal,
+    report_damage,
+    sync_images,
+    unknown,
+)
+from replicator.retention import parse_policy
+
+if TYPE_CHECKING:
+    from replicator.store import Store
+
+Status = Literal["new", "existing"]
+log = logging.getLogger("replicator.store")
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""The errors of a filesystem without room."""
+
+
+class TargetFull(FuseDiskError):
+    """There is no room for a pass; the replica is as it was before it."""
+
+
+class HeldReplica:
+    """What passes and decisions share. All methods may be called from any thread.
+
+    Three locks, taken in this order:
+    - `_apply_mutex`: held while the journal is applied, so that whoever needs the images at the
+      committed point gets there by taking it; it also keeps the descriptors open meanwhile.
+    - sharing and excluding: writes and reads run side by side; a change of the manifest waits for
+      those under way and keeps new ones out, so that a commit covers exactly the writes that
+      returned before it, and no descriptor is closed (and its number reused) under a write.
+      An apply touches only the images and shares with nobody who does, so it is not counted.
+    - the journal writer's own.
+
+    Every method raises FuseDiskError when it refuses, and when the filesystem reports an error.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Path,
+        manifest: Manifest,
+        fds: list[int],
+        status: Status,
+        numbers: list[int] | None = None,
+    ) -> None:
+        """Use `Replica.open` or `Replica.load`; this takes over `fds` and the claimed name.
+
+        `numbers` are the places of the source's disks in the manifest, whose order never changes:
+        journals and undo records number the disks by it.
+        """
+        self._store = store
+        self._files = store.files
+        self._directory = directory
+        self._manifest = manifest
+        self._fds = fds
+        self._numbers = numbers or list(range(len(fds)))
+        # Known as long as the replica is open: all of its points are clones, or undo records.
+        with clear_errors(f"cannot open replica {directory}"):
+            self._cloning = bool(fds) and store.files.can_clone(
+                directory / PRIVATE_DIRECTORY, fds[0]
+            )
+        self._receiving: JournalWriter | ClonePass | None = None
+        self._committed: JournalWriter | ClonePass | None = None
+        self._published: ClonePass | None = None
+        self._filling: int | None = None
+        self._apply_mutex = threading.Lock()
+        self._condition = threading.Condition()
+        self._shared = 0
+        self._exclusive = False
+        self._closed = False
+        self._unusable: str | None = None
+        self._said_in_use: Set[int] = frozenset()
+        self.status: Status = status
+        """"new" if `open` created the replica, else "existing"."""
+
+    @property
+    def name(self) -> str:
+        """The replica's name in its store."""
+        return self._directory.name
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is durably recorded; an immutable snapshot."""
+        return self._manifest
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Apply what is committed, and keep the images at that point."""
+        with self._apply_mutex:
+            with self._condition:
+                self._require_usable()
+                manifest = self._manifest
+            if manifest.journal is not None:
+                self._apply(manifest)
+            yield
+
+    def _apply(self, manifest: Manifest) -> None:
+        try:
+            points = apply_journal(
+                self._files, self._directory, manifest, self._fds, self._record_points
+            )
+        except JournalDamaged as damage:
+            report_damage(self._directory, damage, len(manifest.points))
+            with self._excluding():
+                self._record(unknown(self._manifest))
+                self._unusable = "lost a pass to a damaged journal; open it again and compare"
+            raise
+        except FuseDiskError:
+            with self._condition:
+                self._unusable = "failed to apply a pass; open it again"
+            raise
+        with self._excluding():
+            # Invariant: the images are durable at this point before the manifest says so, and
+            # the manifest before the journal goes.
+            self._record(applied(self._manifest, points))
+        assert manifest.journal is not None
+        with clear_errors(f"cannot remove the applied journal of replica {self.name!r}"):
+            self._clear_away(manifest.journal)
+
+    def _clear_away(self, applied: JournalRef) -> None:
+        """What is left of a pass that was applied. Raises OSError."""
+        committed, self._committed = self._committed, None
+        if isinstance(committed, ClonePass):
+            # Invariant: the manifest does not name it any more, so the next pass may write there.
+            self._published = committed
+        elif applied.clones is not None:
+            remove_next(self._files, self._directory)
+        else:
+            remove_journals(self._files, self._directory, [applied.slot])
+
+    def _record_points(self, points: list[Point]) -> None:
+        with self._excluding():
+            self._record(msgspec.structs.replace(self._manifest, points=points))
+
+    def _pinned(self) -> frozenset[int]:
+        with clear_errors(f"cannot look who reads replica {self.name!r}"):
+            return pinned_points(self._store.path, self.name)
+
+    def _thin(self) -> None:
+        """Let go of the points that the policy no longer keeps; `_apply_mutex` is held."""
+        policy, pinned = parse_policy(self._manifest.keep), self._pinned()
+        due = overdue(self._manifest, policy) & pinned
+        for point in sorted(due - self._said_in_use):
+            log.info("replica %s: point %d is kept for as long as it is in use", self.name, point)
+        self._said_in_use = due
+        while True:
+            step = thin_one(self._files, self._directory, self._manifest, policy, pinned)
+            if step is None:
+                return
+            self._record_points(step)
+            with clear_errors(f"cannot remove a recovery point of replica {self.name!r}"):
+                remove_unlisted(self._files, self._directory, step)
+
+    def prove(self) -> None:
+        """Write and sync a little, to find out whether the disk answers. Raises OSError."""
+        self._store.prove(self.name)
+
+    def close(self) -> None:
+        """Close the images after the calls under way; nothing is synced, and a pass not committed
+        is dropped. Repeating it is fine."""
+        with self._apply_mutex, self._alone():
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._drop_pass()
+                self._drop_published()
+                if self._committed is not None:
+                    self._committed.close()
+            finally:
+                for fd in self._fds:
+                    # Errors of a write show in fsync, which decides; a close adds nothing.
+                    with suppress(OSError):
+                        os.close(fd)
+                self._fds = []
+                self._numbers = []
+                self._unusable = "is closed"
+                self._store.release(self.name)
+
+    def __enter__(self) -> Self:
+        """Return the replica itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the replica."""
+        self.close()
+
+    def _image(self, disk: int) -> str:
+        # For messages, prepared with every write: a Path would cost as much as the write.
+        return f"{self._directory}/{self._manifest.disks[disk].name}"
+
+    def _require_not_promoted(self) -> None:
+        if self._manifest.state == "promoted":
+            raise FuseDiskError(
+                f"replica {self.name!r} is promoted and belongs to its guest; "
+                "replicate under another name"
+            )
+
+    def _drop_pass(self) -> None:
+        if self._receiving is not None:
+            self._receiving.drop()
+            self._receiving = None
+
+    def _drop_published(self) -> None:
+        if self._published is not None:
+            self._published.drop()
+            self._published = None
+
+    @contextmanager
+    def _dropping_if_full(self) -> Iterator[None]:
+        """Give the room of an unfinished pass back where the target is full."""
+        try:
+            yield
+        except FuseDiskError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in FULL:
+                raise
+            with self._alone():
+                self._drop_pass()
+            freed = self._drop_oldest_point()
+            raise TargetFull(
+                f"target full: no room for a pass of replica {self.name!r}; "
+                + (f"recovery point {freed} was dropped" if freed else "free some at the target")
+                + ", the sender tries again"
+            ) from error
+
+    def _drop_oldest_point(self) -> int | None:
+        """Give the room of the oldest point back; its id, or None where only the newest is left."""
+        with self._apply_mutex, self._alone():
+            points = self._manifest.points
+            if self._unusable is not None or len(points) < 2:
+                return None
+            oldest = points[0]
+            # Before the record, which needs room too: a listed oldest point without its file is
+            # taken for dropped.
+            with suppress(OSError):
+                remove_files(self._files, self._directory, oldest)
+            report_lost(self._directory, [oldest], "target full")
+            self._record(msgspec.structs.replace(self._manifest, points=points[1:]))
+            return oldest.id
+
+    def _sync_images(self) -> None:
+        try:
+            sync_images(self._files, self._directory, self._manifest, self._fds)
+        except FuseDiskError:
+            self._unusable = "failed to sync; open it again and repeat the pass"
+            raise
+
+    def _record(self, manifest: Manifest) -> None:
+        try:
+            write_manifest(self._files, self._directory, manifest)
+        except OSError as error:
+            # Old or new may be on disk now; only reading it again can tell.
+            self._unusable = "failed to record its state; open it again"
+            raise FuseDiskError(
+                f"cannot write manifest {manifest_path(self._directory)}: {error.strerror}"
+            ) from error
+        self._manifest = manifest
+
+    def _require_usable(self) -> None:
+        if self._unusable is not None:
+            raise FuseDiskError(f"replica {self.name!r} {self._unusable}")
+
+    @contextmanager
+    def _sharing(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._exclusive)
+            self._require_usable()
+            self._shared += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._shared -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def _excluding(self) -> Iterator[None]:
+        with self._alone():
+            self._require_usable()
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._exclusive)
+            # Set before waiting for the shared ones, so that a stream of them cannot starve this.
+            self._exclusive = True
+            self._condition.wait_for(lambda: self._shared == 0)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._exclusive = False
+                self._condition.notify_all()
