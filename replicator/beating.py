@@ -5,10 +5,9 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from fusedisk.errors import FuseDiskError
 from replicator import messages as m
-from replicator.link import Link, LinkLost
-from replicator.running import first_error
+from replicator.link import Link
+from replicator.running import one_error
 
 # Less than half of the shortest --link-timeout.
 _BEAT_SECONDS = 0.8
@@ -25,10 +24,8 @@ async def saying_that_it_lives(link: Link) -> AsyncIterator[None]:
             with trio.CancelScope(shield=True):
                 await link.send(m.Pong(0))
 
-    try:
+    with one_error():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(beat)
             yield
             nursery.cancel_scope.cancel()
-    except* (LinkLost, FuseDiskError, m.RemoteProtocolError, OSError) as group:
-        raise first_error(group) from None

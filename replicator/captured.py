@@ -1,11 +1,12 @@
 """What a pass reads: the chunks of a closed epoch as they were when it was closed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import trio
 
 from fusedisk.capture import Capture, NoCapture
+from fusedisk.changemap import ChangeMap
 from fusedisk.epochs import reserve
 from fusedisk.errors import FuseDiskError
 from replicator.source import Source
@@ -81,6 +82,22 @@ class CapturedSource:
         # To free a large spill takes the filesystem a while, and nothing else is to wait for it.
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._capture.close)
+
+
+def unchanged(
+    maps: Sequence[ChangeMap], ranges: Sequence[tuple[int, int, int]], since: int
+) -> list[tuple[int, int, int]]:
+    """What of ranges (disk, start, end) nobody wrote after epoch ``since``, by chunks.
+
+    What was written since is part of the capture or of a later one, whole.
+    """
+    found = []
+    for disk, start, end in ranges:
+        size = maps[disk].chunk_size
+        for chunk in range(start // size, -(-end // size)):
+            if not maps[disk].newer(chunk, 1, since):
+                found.append((disk, max(start, chunk * size), min(end, (chunk + 1) * size)))
+    return found
 
 
 def _united(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -7,8 +7,8 @@ the downtime, or the end of this process, with which the lease on the gate ends.
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from msgspec import Meta
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import FenceRecord
 from fusedisk.gate import open_gate, take_lease
+from fusedisk.slowing import RATE_MAX
 from fusedisk.units import format_size
 from replicator.estimate import Estimate
 from replicator.guest import Guest, held_guest
@@ -35,6 +36,7 @@ from replicator.messages import HASH_BLOCK_BYTES
 from replicator.progress import Progress
 from replicator.proof import Level, Proof
 from replicator.sender import Session
+from replicator.slowing import Slowing, slowing
 from replicator.source import Source
 
 log = logging.getLogger("replicator.cutover")
@@ -57,6 +59,8 @@ class CutoverOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dry_run: bool = False
     qmp: Socket | None = None
     migrate_to: Command | None = None
+    slow_floor: Annotated[int, Meta(ge=1, le=RATE_MAX)] | None = None
+    """Bytes a second down to which the guest may be slowed; None: not at all."""
 
 
 class Cutover:
@@ -78,6 +82,7 @@ class Cutover:
         self._estimate = Estimate()
         self._predicted_ms: float | None = None
         self._guest = Guest()
+        self._slowing: Slowing | None = None
         self.phase = "converging"
         self.progress: Progress | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -95,6 +100,17 @@ class Cutover:
             self.progress = Progress()
             await self._proof.everything(self._session, self.progress)
             self.progress = None
+        async with self._maybe_slowed():
+            result = await self._move()
+        if options.after is not None and not options.dry_run:
+            self._enter("after")
+            result["after"] = await self._hook_noted(
+                "--after", options.after, "promoted", result["downtime_ms"]
+            )
+        return result
+
+    async def _move(self) -> dict[str, Any]:
+        options = self._options
         begun = False
         try:
             async with self._held_guest() as self._guest:
@@ -108,7 +124,7 @@ class Cutover:
                     # The hook took its time, and only it knows whether the guest still writes.
                     await self._converge()
                 await self._pause()
-                result = await self._switch()
+                return await self._switch()
         except OutcomeUnknown:
             # Whether the guest may go on is just what is not known.
             raise
@@ -117,22 +133,29 @@ class Cutover:
                 with trio.CancelScope(shield=True):
                     await self._hook_noted("--on-rollback", options.on_rollback, "rolled-back")
             raise
-        if options.after is not None:
-            self._enter("after")
-            result["after"] = await self._hook_noted(
-                "--after", options.after, "promoted", result["downtime_ms"]
-            )
-        return result
+
+    @asynccontextmanager
+    async def _maybe_slowed(self) -> AsyncIterator[None]:
+        if self._options.slow_floor is None:
+            yield
+            return
+        async with slowing(self._source.control, self._options.slow_floor) as self._slowing:
+            yield
 
     def report(self) -> dict[str, Any]:
         """The ``cutover`` of the status."""
         left = self._source.lag(self._session.committed or 0).bytes
+        bound = self._options.downtime_seconds_max
+        estimate = self._estimate.report(left)
+        if estimate["estimate_ms"] is not None:
+            estimate["estimate_ms"] += 1000 * self._guest.seconds(bound)
         return {
             "phase": self.phase,
             "remaining_bytes": left,
-            "max_downtime_ms": 1000 * self._options.downtime_seconds_max,
+            "max_downtime_ms": 1000 * bound,
             "memory": self._guest.memory,
-            **self._estimate.report(left),
+            "slowed_to": None if self._slowing is None else self._slowing.rate,
+            **estimate,
         }
 
     async def _converge(self) -> None:
@@ -141,6 +164,9 @@ class Cutover:
         with trio.move_on_after(self._options.timeout_seconds) as limit:
             while not await self._fits():
                 await self._measured_pass()
+                if self._slowing is not None:
+                    left = await trio.to_thread.run_sync(self._left)
+                    self._slowing.step(left, self._estimate.dirty_rate, self._estimate.send_rate)
         if limit.cancelled_caught:
             raise NotConverged(
                 f"{self._shortfall()} after {self._options.timeout_seconds:g} s; "
@@ -152,6 +178,7 @@ class Cutover:
         seconds = self._estimate.seconds(left)
         if seconds is None:
             return False
+        seconds += self._guest.seconds(self._options.downtime_seconds_max)
         self._predicted_ms = 1000 * seconds
         log.info(
             "%s left, predicted downtime %.0f ms, dirty rate %s, send rate %s",
@@ -170,8 +197,11 @@ class Cutover:
     def _shortfall(self) -> str:
         estimate = self._estimate
         rates = f"{_rate(estimate.dirty_rate)} against {_rate(estimate.send_rate)}"
+        if self._slowing is not None and self._slowing.rate is not None:
+            rates += f", the guest slowed to {_rate(self._slowing.rate)}"
         if estimate.outrun:
-            return f"the guest writes faster than the link and the target carry ({rates})"
+            advice = "" if self._slowing else "; try --slow-guest"
+            return f"the guest writes faster than the link and the target carry ({rates}{advice})"
         expected = "unknown" if self._predicted_ms is None else f"{self._predicted_ms:.0f} ms"
         return (
             f"the downtime expected ({expected}) stays above --max-downtime "
@@ -227,7 +257,7 @@ class Cutover:
         predicted_ms = self._predicted_ms
         paused_at = self._guest.paused_at
         begun = trio.current_time() if paused_at is None else paused_at
-        deadline = begun + bound
+        deadline = begun + bound - self._guest.memory_seconds(bound)
 
         def mark(phase: str) -> None:
             phases[phase] = 1000 * (trio.current_time() - begun) - sum(phases.values())

@@ -29,7 +29,7 @@ def detach(work: Callable[[Callable[[], None]], None], log: Path, *, leave: Path
         if answer == "ready":
             return
         os.waitpid(pid, 0)
-        raise FuseDiskError(answer or f"the sender ended at once; see {log}")
+        raise FuseDiskError(answer or f"it ended at once; see {log}")
     status = 1
     try:
         os.close(told)
@@ -69,6 +69,6 @@ def _run(work: Callable[[Callable[[], None]], None], parent: FileIO) -> int:
             parent.write(str(error).encode()[:_ANSWER_BYTES_MAX])
         return error.exit_code
     except BaseException:
-        logging.getLogger("replicator").exception("the sender failed")
+        logging.getLogger("replicator").exception("failed")
         return 1
     return 0

@@ -37,6 +37,11 @@ def lag_text(entry: dict[str, Any]) -> str:
         return "no complete copy yet"
     if not lag["chunks"]:
         return f"up to date at epoch {epoch}"
+    # A sender of an older version knows of none.
+    rpo = entry.get("rpo")
+    if rpo and rpo["exceeded"]:
+        late = f", {format_seconds(rpo['age'])} old (--rpo {rpo['target']:g} s)"
+        return f"lag {format_size(lag['bytes'])}{late}, last commit epoch {epoch}"
     age = "" if lag["seconds"] is None else f", {format_seconds(lag['seconds'])}"
     return f"lag {format_size(lag['bytes'])}{age}, last commit epoch {epoch}"
 
@@ -57,6 +62,8 @@ def cutover_text(cutover: dict[str, Any]) -> str:
     for name, key in (("dirty", "dirty_rate"), ("send", "send_rate")):
         if cutover[key] is not None:
             parts.append(f"{name} {format_size(cutover[key])}/s")
+    if (slowed := cutover.get("slowed_to")) is not None:
+        parts.append(f"guest slowed to {format_size(slowed)}/s")
     if memory := cutover["memory"]:
         done, total = format_size(memory["done"]), format_size(memory["total"])
         parts.append(f"memory {done} of {total}")

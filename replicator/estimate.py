@@ -16,6 +16,9 @@ _MARGIN_SPREADS = 2.0
 _ALIKE = 0.2
 """Sizes whose spread is below this part of their mean say nothing about the slope."""
 _DIRTY_SMOOTHING = 0.5
+_OUTRUN = 0.9
+"""From this part of the send rate on passes do not get shorter: a guest that rewrites its whole
+disk during each pass cannot make more of it dirty than was sent."""
 
 
 class _Pass(NamedTuple):
@@ -58,7 +61,7 @@ class Estimate:
         return (
             self.dirty_rate is not None
             and self.send_rate is not None
-            and self.dirty_rate >= self.send_rate
+            and self.dirty_rate >= _OUTRUN * self.send_rate
         )
 
     def seconds(self, count: int) -> float | None:

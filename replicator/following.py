@@ -15,9 +15,10 @@ import msgspec
 import trio
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.replicas import ReplicaRecord, Sent, read_record, write_record
+from fusedisk.replicas import ReplicaRecord, Sent, Verified, read_record, write_record
 from replicator.address import Address
 from replicator.batches import Unread, describe
+from replicator.cadence import Cadence
 from replicator.compression import Compressor
 from replicator.cutover import Cutover, CutoverOptions, new_record
 from replicator.freeze import Freezer
@@ -27,11 +28,10 @@ from replicator.messages import RemoteProtocolError
 from replicator.progress import Progress
 from replicator.rates import Rates
 from replicator.sender import Session
-from replicator.senderlink import Pace, SenderLink
+from replicator.senderlink import KEEPALIVE_SECONDS, Pace, SenderLink
 from replicator.settings import Changes, SenderSettings
 from replicator.source import Source, measure
-from replicator.transport.connecting import connected
-from replicator.transport.settings import Settings
+from replicator.transport.connecting import Connect
 from replicator.verify import Findings, Verification, VerifyOptions
 
 log = logging.getLogger("replicator.sender")
@@ -40,8 +40,10 @@ Outcome: TypeAlias = dict[str, Any] | FuseDiskError
 
 _RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
 _FIRST_CONNECT_SECONDS_MAX = 30.0
-_KEEPALIVE_SECONDS = 5.0
+_WATCH_SECONDS = 1.0
 _MOUNT_POLL_SECONDS = 0.5
+_AGE_POLL_SECONDS = 0.5
+_VERIFY_POLL_SECONDS = 60.0
 
 # What ends a link; all but RemoteProtocolError and FuseDiskError may go better the next time.
 _LINK_ENDINGS = (
@@ -58,11 +60,12 @@ class Follower:
         source: Source,
         name: str,
         address: Address,
-        transport: Settings,
+        connect: Connect,
         settings: SenderSettings,
     ) -> None:
+        """``address`` is what is shown and recorded; ``connect`` makes a stream to it."""
         self._source, self._name, self._address = source, name, address
-        self._transport, self._settings = transport, settings
+        self._connect, self._settings = connect, settings
         self._instance = str(uuid.uuid4())
         self._pace = Pace(settings.bandwidth)
         self._session: Session | None = None
@@ -92,12 +95,20 @@ class Follower:
             log.warning("%s; it is written anew", damage)
             noted = None
         self._closed_at = time.time()
+        self.cadence = Cadence(settings.rpo_seconds)
+        self._pinged_at = 0.0
+        self.verified: Verified | None = None if noted is None else noted.verified
         if noted is not None:
             if settings.max_downtime_ms is None:
                 settings.max_downtime_ms = noted.max_downtime_ms
             if noted.generation == source.record.generation:
                 self.committed = noted.epoch
                 self._closed_at = noted.closed_at or self._closed_at
+                if noted.epoch is not None:
+                    # Before this process there is only the clock on the wall.
+                    self.cadence.is_as_of(
+                        trio.current_time() - max(0.0, time.time() - self._closed_at)
+                    )
 
     async def run(self) -> None:
         """Replicate until promoted, with ``once`` when nothing is left to send, or unmounted.
@@ -110,6 +121,8 @@ class Follower:
                 nursery.start_soon(self._keep_note)
                 nursery.start_soon(measure, self._source, self.rates)
                 nursery.start_soon(self._watch_mount, nursery.cancel_scope)
+                nursery.start_soon(self._watch_age)
+                nursery.start_soon(self._verify_now_and_then)
                 try:
                     await self._keep_linked()
                 except (OSError, FuseDiskError) as error:
@@ -134,6 +147,38 @@ class Follower:
             await trio.sleep(_MOUNT_POLL_SECONDS)
         self._unmounted = True
         scope.cancel()
+
+    async def _watch_age(self) -> None:
+        """Say when the newest point is older than wanted, and when it no longer is."""
+        while True:
+            await trio.sleep(_AGE_POLL_SECONDS)
+            began = trio.current_time()
+            committed = self.committed
+            lag = await trio.to_thread.run_sync(self._source.lag, committed or 0)
+            if committed is not None and committed == self.committed and not lag.chunks:
+                self.cadence.is_as_of(began)
+            said = self.cadence.watch(trio.current_time())
+            if said is not None:
+                log.warning("%s (%s%s)", said, self.state, f": {self.error}" if self.error else "")
+
+    async def _verify_now_and_then(self) -> None:
+        every = self._settings.verify_every
+        while every is not None:
+            await trio.sleep(min(_VERIFY_POLL_SECONDS, every))
+            last = self.verified.at if self.verified is not None else 0.0
+            # A clock that was set back does not put it off for longer than asked for.
+            if self.state != "following" or 0 <= time.time() - last < every:
+                continue
+            try:
+                found = await self.verify(VerifyOptions(self._settings.verify_bandwidth))
+            except FuseDiskError as error:
+                log.warning("the replica was not verified: %s", error)
+                continue
+            if found.outcome == "differs":
+                log.error(
+                    "the replica differs in %d bytes; run 'replicator verify --repair'",
+                    found.differing_bytes,
+                )
 
     async def _keep_linked(self) -> None:
         while True:
@@ -174,7 +219,7 @@ class Follower:
         self._retry_seconds = min(2 * self._retry_seconds, _RETRY_SECONDS_MAX)
 
     async def _one_link(self) -> None:
-        async with connected(self._address, self._transport) as stream:
+        async with self._connect() as stream:
             await self._with_link(
                 SenderLink(stream, self._pace, self.sent, self._settings.silence_seconds_max)
             )
@@ -194,8 +239,9 @@ class Follower:
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.listen)
+            nursery.start_soon(self._watch_link, link)
             try:
-                await self._converse(session, link)
+                await self._converse(session, link, nursery)
             except _LINK_ENDINGS as error:
                 failure = error
             finally:
@@ -205,14 +251,33 @@ class Follower:
         if failure is not None:
             raise failure
 
-    async def _converse(self, session: Session, link: SenderLink) -> None:
+    async def _watch_link(self, link: SenderLink) -> None:
+        """Say what hangs while it hangs; whether that ends the link, its timeout decides."""
+        said: str | None = None
+        while True:
+            await trio.sleep(_WATCH_SECONDS)
+            trouble = link.answers.trouble()
+            if self.error != said and self.error is not None:
+                # Something else is wrong, and has been said.
+                continue
+            if trouble and not said:
+                log.warning("%s", trouble)
+            elif said and not trouble:
+                log.info("the target answers again")
+            if trouble != said:
+                self.error = said = trouble
+                self.on_change()
+
+    async def _converse(self, session: Session, link: SenderLink, nursery: trio.Nursery) -> None:
         opened = await session.open()
+        nursery.start_soon(link.keep_asking)
         self.error = self._before_unread = None
         self._reached = True
         self._retry_seconds = _RETRY_SECONDS_MIN
         if opened.state == "new" or opened.generation != self._source.record.generation:
             # The note on it is of something that is no more.
             self.committed = None
+            self.cadence.unknown()
         await session.synchronise(opened)
         self._note_commit(session)
         self._set_state("following")
@@ -232,19 +297,25 @@ class Follower:
                 if self.state == "promoted":
                     return
                 continue
-            if self._source.lag(session.committed).chunks:
+            began = trio.current_time()
+            waiting = await trio.to_thread.run_sync(self._source.lag, session.committed)
+            if not waiting.chunks:
+                # A mark comes before its write is acknowledged.
+                self.cadence.is_as_of(began)
+            due = self._settings.once or self.cadence.is_due(waiting.bytes, trio.current_time())
+            if session.repairs or (waiting.chunks and due):
                 await session.next_pass()
                 self._note_commit(session)
-                if self._settings.once:
-                    # One instant is committed, whatever the guest has written since.
-                    return
-                await self._rest_verifying(session, self._settings.rpo_seconds / 2)
-            elif self._settings.once:
+                if session.instant is not None:
+                    self.cadence.note_pass(waiting.bytes, session.instant, trio.current_time())
+                self._pinged_at = trio.current_time()
+            if self._settings.once:
+                # One instant is committed, whatever the guest has written since.
                 return
-            else:
+            if trio.current_time() >= self._pinged_at + KEEPALIVE_SECONDS:
                 await session.ping()
-                rest = min(self._settings.rpo_seconds / 2, _KEEPALIVE_SECONDS)
-                await self._rest_verifying(session, rest)
+                self._pinged_at = trio.current_time()
+            await self._rest_verifying(session, self.cadence.poll_seconds)
         self._unmounted = True
 
     async def _rest_verifying(self, session: Session, seconds: float) -> None:
@@ -265,7 +336,7 @@ class Follower:
             if self.state != "paused":
                 self._set_state("paused")
             await session.ping()
-            await self._rest(_KEEPALIVE_SECONDS)
+            await self._rest(KEEPALIVE_SECONDS)
         if self.state == "paused":
             self._set_state(before)
 
@@ -279,6 +350,7 @@ class Follower:
     def change(self, changes: Changes) -> None:
         """Apply new settings at once."""
         changes.apply(self._settings)
+        self.cadence.target = self._settings.rpo_seconds
         self._pace.set_rate(self._settings.bandwidth)
         self._wake.set()
         self._noting.set()
@@ -298,9 +370,14 @@ class Follower:
         self._verification = Verification(self._source, options)
         self._wake.set()
         try:
-            return await self._verification.result()
+            found = await self._verification.result()
         finally:
             self._verification = None
+            if self._session is not None:
+                self._session.repairs.clear()
+        self.verified = found.summary(time.time())
+        self._noting.set()
+        return found
 
     async def cut_over(self, options: CutoverOptions) -> dict[str, Any]:
         """Cut over as soon as the replica follows; see replicator.cutover.Cutover for errors."""
@@ -334,7 +411,7 @@ class Follower:
         options, answer = self._cutover
         self._set_state("cutover")
         record = new_record(self._name, str(self._address))
-        ask = asking(self._address, self._transport, self._source.record.source_id)
+        ask = asking(self._connect, self._source.record.source_id)
         self._attempt = Cutover(self._source, session, link, record, options, ask)
         self._attempt.on_change = self.on_change
         try:
@@ -366,6 +443,8 @@ class Follower:
             self._committed_here = True
             self.commits += 1
             self._closed_at = session.closed_at
+        if session.instant is not None:
+            self.cadence.is_as_of(session.instant)
         self.committed = session.committed
         self._noting.set()
         self.on_change()
@@ -403,6 +482,7 @@ class Follower:
             self.state,
             msgspec.structs.replace(self.sent),
             self._settings.max_downtime_ms,
+            self.verified,
         )
         try:
             await trio.to_thread.run_sync(write_record, self._source.state, record)
@@ -434,6 +514,11 @@ class Follower:
                 "bytes": lag.bytes,
                 "chunks": lag.chunks,
                 "seconds": max(0.0, time.time() - self._closed_at) if changed else 0.0,
+            },
+            "rpo": self.cadence.report(trio.current_time()),
+            "verify": {
+                "every": self._settings.verify_every,
+                "last": msgspec.to_builtins(self.verified),
             },
             "epoch": {"current": self._source.control.epoch, "committed": self.committed},
             "sent": msgspec.to_builtins(self.sent),

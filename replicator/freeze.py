@@ -7,6 +7,7 @@ child, leaves nothing frozen. A guest that cannot be frozen is replicated all th
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def freeze_settings(
     return FreezeSettings(None, freeze, thaw, every_seconds)
 
 
+@dataclass
+class Instant:
+    """Whether the guest was frozen when an epoch was closed."""
+
+    frozen: bool = False
+
+
 class Freezer:
     """Freezes at most once in ``every_seconds``. Made and used inside trio."""
 
@@ -79,15 +87,18 @@ class Freezer:
         return {"count": self.count, "ms": self.ms, "error": self.error}
 
     @asynccontextmanager
-    async def frozen(self, *, skip: bool = False) -> AsyncIterator[None]:
+    async def frozen(self, *, skip: bool = False) -> AsyncIterator[Instant]:
         """The block runs with the guest frozen, if it is time for that and it can be.
+
+        What it gets says after the block whether the guest was frozen throughout.
 
         During a cutover it has to be skipped: a guest that is paused cannot answer, and one behind
         a gate cannot flush.
         """
         settings, now = self._settings, trio.current_time()
+        instant = Instant()
         if skip or settings is None or not self._due(settings, now):
-            yield
+            yield instant
             return
         self._last = now
         begun: float | None = None
@@ -100,11 +111,11 @@ class Freezer:
                 begun, self.error = trio.current_time(), None
             except FuseDiskError as error:
                 self._failed(error)
-            yield
+            yield instant
         finally:
             if asked:
                 with trio.CancelScope(shield=True):
-                    await self._thaw(settings, begun)
+                    instant.frozen = await self._thaw(settings, begun)
 
     async def close(self) -> None:
         """End the child; nothing is frozen then."""
@@ -128,7 +139,8 @@ class Freezer:
         )
         self._started = True
 
-    async def _thaw(self, settings: FreezeSettings, begun: float | None) -> None:
+    async def _thaw(self, settings: FreezeSettings, begun: float | None) -> bool:
+        """Whether the guest was frozen until now."""
         try:
             try:
                 # Without a freeze there is hardly anything to wait for.
@@ -142,15 +154,16 @@ class Freezer:
         except FuseDiskError as error:
             # The child goes on trying.
             self._failed(FuseDiskError(f"the guest may still be frozen: {error}"))
-            return
+            return False
         if begun is None:
-            return
+            return False
         if not answer["frozen"]:
             self._failed(FuseDiskError("it was thawed before the epoch was closed"))
-            return
+            return False
         self.count += 1
         self.ms = 1000 * (trio.current_time() - begun)
         log.info("the guest was frozen for %.1f ms", self.ms)
+        return True
 
     def _failed(self, error: FuseDiskError) -> None:
         self.error = str(error)

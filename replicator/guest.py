@@ -29,6 +29,8 @@ _REST_SECONDS = 0.2
 # What is left of the memory goes over after the promotion, and is lost if the QEMU there dies then:
 # as short as QEMU's own default, however long the guest may be down.
 _MEMORY_SECONDS = 0.3
+# How long it may take to notice that the guest stands still (replicator.migration polls).
+_NOTICE_SECONDS = 0.1
 
 Memory = dict[str, Any]
 
@@ -46,6 +48,14 @@ class Guest:
     """When it stood still, by trio's clock; None while it runs, or where only hooks know."""
     memory: Memory | None = None
     """What became of its memory, in bytes: ``total``, ``done``, ``rate``."""
+
+    def memory_seconds(self, downtime: float) -> float:
+        """Of a downtime, what is kept for the memory that goes over after the promotion."""
+        return 0.0
+
+    def seconds(self, downtime: float) -> float:
+        """What a guest adds to the time that its disks take, at most."""
+        return 0.0
 
     async def pause(self, meanwhile: Callable[[], Awaitable[None]], downtime: float) -> None:
         """Return once the guest stands still.
@@ -91,6 +101,15 @@ class QemuGuest(Guest):
         )
         self._ran = answer["ran"]
 
+    def memory_seconds(self, downtime: float) -> float:
+        """See `Guest.memory_seconds`."""
+        return 0.0 if self._uri is None else min(_MEMORY_SECONDS, downtime / 2)
+
+    def seconds(self, downtime: float) -> float:
+        """See `Guest.seconds`."""
+        memory = self.memory_seconds(downtime)
+        return _NOTICE_SECONDS + memory if memory else 0.0
+
     async def pause(self, meanwhile: Callable[[], Awaitable[None]], downtime: float) -> None:
         """See `Guest.pause`. Raises PausedTooLong when ``meanwhile`` was cut short."""
         self._touched = True
@@ -105,11 +124,11 @@ class QemuGuest(Guest):
                 answer = await self._child.ask(
                     *("move", _MOVE_SECONDS_MAX, self._note_memory),
                     uri=self._uri,
-                    downtime_ms=max(1, round(1000 * min(_MEMORY_SECONDS, downtime / 2))),
+                    downtime_ms=max(1, round(1000 * self.memory_seconds(downtime))),
                 )
                 self._note_paused(answer)
                 assert self.paused_at is not None
-                scope.deadline = self.paused_at + downtime
+                scope.deadline = self.paused_at + downtime - self.memory_seconds(downtime)
             except FuseDiskError as error:
                 failures.append(error)
             paused.set()

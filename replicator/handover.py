@@ -26,7 +26,6 @@ import trio
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import FenceRecord, clear_fence, read_fence, record_fence
 from fusedisk.gate import take_lease
-from replicator.address import Address
 from replicator.link import Link, LinkLost, raise_failed
 from replicator.messages import (
     Aborted,
@@ -40,8 +39,7 @@ from replicator.messages import (
     Welcome,
 )
 from replicator.source import Source
-from replicator.transport.connecting import connected
-from replicator.transport.settings import Settings
+from replicator.transport.connecting import Connect
 
 log = logging.getLogger("replicator.handover")
 
@@ -71,11 +69,11 @@ class OutcomeUnknown(FuseDiskError):
     exit_code = 4
 
 
-def asking(address: Address, transport: Settings, source_id: str) -> AskOutcome:
+def asking(connect: Connect, source_id: str) -> AskOutcome:
     """`resolve`, ready to be called."""
 
     async def ask(record: FenceRecord) -> str:
-        async with connected(address, transport) as stream:
+        async with connect() as stream:
             return await resolve(Link(stream, "sender"), record, source_id)
 
     return ask

@@ -1,5 +1,8 @@
 """A stream that speaks the protocol: events in, events out."""
 
+import array
+import fcntl
+import termios
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias, TypeVar
 
@@ -14,7 +17,7 @@ from replicator.messages import (
     Pong,
     RemoteProtocolError,
 )
-from replicator.wire import Connection, Role
+from replicator.wire import Connection, Role, State
 
 Expected = TypeVar("Expected", bound=Event)
 
@@ -25,7 +28,7 @@ SILENCE_SECONDS_MAX = 60.0
 # What is read ahead of a part of a frame: the next header, or many small frames, in one call.
 _AHEAD_BYTES = 16 << 10
 # One write of a stream that is not a socket; its deadline is for so much.
-_WRITE_BYTES = 1 << 20
+_WRITE_BYTES = 256 << 10
 _BUFFERS_A_CALL_MAX = 256
 
 Buffer: TypeAlias = bytes | memoryview
@@ -51,6 +54,8 @@ class Link:
         self._stream = stream
         self._receive_into = _receiver_into(stream)
         self.silence_seconds_max = silence_seconds_max
+        self.on_moved: Callable[[], object] = lambda: None
+        """Called whenever the stream took some bytes."""
         self._connection = Connection(role)
         # Invariant: buffers reach the stream in the order in which the protocol saw the events.
         self._sending = trio.Lock()
@@ -64,6 +69,9 @@ class Link:
         Raises LinkLost, or LocalProtocolError for an event out of turn.
         """
         async with self._sending:
+            if self._connection.state is State.CLOSED:
+                # A peer may go at any time, also while it is being answered: no fault of ours.
+                raise LinkLost("the peer has ended the session")
             try:
                 await self._write([b for event in events for b in self._connection.send(event)])
             except trio.TooSlowError as error:
@@ -83,6 +91,7 @@ class Link:
             for at in range(0, len(buffer), _WRITE_BYTES):
                 with trio.fail_after(self.silence_seconds_max):
                     await self._stream.send_all(buffer[at : at + _WRITE_BYTES])
+                self.on_moved()
 
     async def _put_on_socket(
         self, socket: trio.socket.SocketType, buffers: Sequence[Buffer]
@@ -92,6 +101,7 @@ class Link:
         while first < len(views):
             with trio.fail_after(self.silence_seconds_max):
                 done = await socket.sendmsg(views[first : first + _BUFFERS_A_CALL_MAX])
+            self.on_moved()
             while first < len(views) and done >= len(views[first]):
                 done -= len(views[first])
                 first += 1
@@ -129,9 +139,21 @@ class Link:
 
     async def receive_soon(self) -> Event:
         """The next event of a peer that has something to say. Raises as `receive` does."""
-        with trio.move_on_after(self.silence_seconds_max):
-            return await self.receive()
-        raise LinkLost(f"the peer has been silent for {self.silence_seconds_max:g} s")
+        while True:
+            unsent = self._unsent()
+            with trio.move_on_after(self.silence_seconds_max):
+                return await self.receive()
+            # What the kernel still holds of ours comes before any answer: over a slow link a peer
+            # that takes some of it is there.
+            if not self._unsent() < unsent:
+                raise LinkLost(f"the peer has been silent for {self.silence_seconds_max:g} s")
+
+    def _unsent(self) -> int:
+        """Bytes that were written and that the peer's host has not got, where that is known."""
+        stream = self._stream
+        if isinstance(stream, trio.SSLStream):
+            stream = stream.transport_stream
+        return unsent_bytes(stream.socket) if isinstance(stream, trio.SocketStream) else 0
 
     async def expect(self, kind: type[Expected]) -> Expected:
         """The next event other than a Pong, which must be a ``kind``.
@@ -175,6 +197,16 @@ class Link:
     async def close(self) -> None:
         """Close the stream, whatever state the conversation is in."""
         await trio.aclose_forcefully(self._stream)
+
+
+def unsent_bytes(socket: trio.socket.SocketType) -> int:
+    """What is in a socket's send queue (tcp(7), unix(7): SIOCOUTQ)."""
+    count = array.array("i", [0])
+    try:
+        fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, count)
+    except OSError:
+        return 0
+    return count[0]
 
 
 def _lost(error: Exception) -> LinkLost:

@@ -135,10 +135,14 @@ class Opened(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """A pass starts: what follows until `Commit` belongs to this epoch."""
+    """A pass starts: what follows until `Commit` belongs to this epoch.
+
+    `data_bytes`: about how much data it will have; 0 where that is not known, or little.
+    """
 
     epoch: Count
     kind: Literal["fill", "compare", "pass"]
+    data_bytes: Count = 0
 
 
 class HashRequest(Message, frozen=True):
@@ -198,7 +202,7 @@ class Commit(Message, frozen=True):
     """The pass is complete: how many transfers it had, and a digest over them.
 
     `consistent`: with it the disks are as they were at one instant, the end of that epoch. A first
-    fill reads them while they change, so it is not.
+    fill reads them while they change, so it is not. `frozen`: the guest was frozen at that instant.
     """
 
     generation: Ident
@@ -206,6 +210,7 @@ class Commit(Message, frozen=True):
     transfers: Count
     digest: Annotated[bytes, Meta(max_length=64)]
     consistent: bool = True
+    frozen: bool = False
 
 
 class Committed(Message, frozen=True):

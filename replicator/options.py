@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,14 +11,20 @@ import click
 
 from replicator.transport.settings import REMOTE_COMMAND, Settings
 
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
 
 class Seconds(click.FloatRange):
-    """A time in seconds from ``min`` to ``max``."""
+    """A time in seconds from ``min`` to ``max``, or with ms, s, m, h or d behind it."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """The number; a range lets what is none through, since it is not less than anything."""
+        if isinstance(value, str) and (
+            match := re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", value, re.ASCII)
+        ):
+            value = float(match[1]) * _UNITS[match[2]]
         number: float = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f"{value!r} is not a time", param, ctx)

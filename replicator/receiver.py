@@ -17,12 +17,14 @@ from replicator import messages as m
 from replicator.admission import Admission
 from replicator.beating import saying_that_it_lives
 from replicator.eventqueue import EventQueue
+from replicator.holding import FULL
 from replicator.journal import JournalDamaged
 from replicator.link import Link, LinkLost, say_last
 from replicator.manifest import ReplicaDisk, read_manifest
+from replicator.proving import DiskProof
 from replicator.reading import serve_reads
 from replicator.replica import Replica, TargetFull
-from replicator.running import first_error
+from replicator.running import one_error
 from replicator.store import ReplicaBusy, Store, check_replica_name
 from replicator.transfers import TransferDigest
 from replicator.transport.tls import NOT_TLS_ALERT
@@ -34,6 +36,8 @@ _IO_ERRORS = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV, errno.EROFS, errno
 _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
 _PROBE_SECONDS = 2.0
+# Questions that a session may have waiting for the disk; an honest sender waits for each answer.
+_PINGS_MAX = 16
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -99,6 +103,9 @@ class Receiver:
             log.warning("session ended: %s", error)
             await say_last(link, m.Failed(_code(error), str(error)[:1000]))
             await link.drain()
+        except m.LocalProtocolError as error:
+            # The peer said goodbye while an answer to it was made.
+            log.info("session ended: %s", error)
         except trio.Cancelled:
             await say_last(link, m.Bye())
             raise
@@ -188,14 +195,12 @@ class Receiver:
             )
             log.info("replica %s: %s at epoch %s", opening.name, state, manifest.epoch)
             queue = EventQueue()
-            try:
+            with one_error():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._give_way, opening, turn, active)
                     nursery.start_soon(_read, link, queue, active.pong)
                     await _work(*(link, replica, queue, hello.seed, opening.generation, nursery))
                     nursery.cancel_scope.cancel()
-            except* (LinkLost, FuseDiskError, m.RemoteProtocolError, OSError) as group:
-                raise first_error(group) from None
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(replica.close)
@@ -257,6 +262,9 @@ def _code(error: Exception) -> str:
             return "protocol"
         case TargetFull():
             return "full"
+        case FuseDiskError() if _is_full(error.__cause__):
+            # Not of a pass, but of what is needed besides: a manifest, a new replica.
+            return "full"
         case JournalDamaged():
             # The sender repairs it by comparing.
             return "damaged"
@@ -273,6 +281,10 @@ def _code(error: Exception) -> str:
 def _may_pass(cause: BaseException | None) -> bool:
     """Whether a disk that fails so may work again, once somebody has looked after it."""
     return isinstance(cause, OSError) and cause.errno in _IO_ERRORS
+
+
+def _is_full(cause: BaseException | None) -> bool:
+    return isinstance(cause, OSError) and cause.errno in FULL
 
 
 async def _authenticated(authenticate: Authenticate | None) -> str | None:
@@ -305,6 +317,8 @@ async def _work(
 ) -> None:
     digest = TransferDigest()
     checkpointing = trio.Lock()
+    proof = DiskProof(replica.prove)
+    answering = trio.Semaphore(_PINGS_MAX)
     while True:
         event = await queue.take()
         match event:
@@ -325,7 +339,9 @@ async def _work(
                     nursery.start_soon(_checkpoint, replica, event.reached, checkpointing)
             case m.Begin():
                 digest = TransferDigest()
-                await trio.to_thread.run_sync(replica.begin, event.epoch, generation)
+                await trio.to_thread.run_sync(
+                    replica.begin, event.epoch, generation, event.data_bytes
+                )
             case m.Commit():
                 if (event.transfers, event.digest) != (digest.count, digest.value()):
                     raise m.RemoteProtocolError("the pass is not the one that was sent")
@@ -342,7 +358,10 @@ async def _work(
                 await trio.to_thread.run_sync(replica.abort, event.token)
                 await link.send(m.Aborted(event.token))
             case m.Ping():
-                await link.send(m.Pong(event.nonce))
+                # In its turn, so that it says that all before is written; but a disk that is slow
+                # to answer holds up nothing else, unless the peer asks without waiting.
+                await answering.acquire()
+                nursery.start_soon(_answer, link, proof, event.nonce, answering)
             case m.Bye() | m.Failed():
                 # What was committed last may not have begun to be applied.
                 await trio.to_thread.run_sync(replica.apply)
@@ -383,7 +402,7 @@ def _settle(store: Store, asked: m.Resolve) -> m.Promoted | m.Aborted:
 
 
 def _commit(replica: Replica, pass_: m.Commit) -> None:
-    replica.commit(pass_.generation, pass_.epoch, consistent=pass_.consistent)
+    replica.commit(pass_.generation, pass_.epoch, consistent=pass_.consistent, frozen=pass_.frozen)
 
 
 def _store(replica: Replica, transfers: Sequence[m.Data | m.Zero]) -> None:
@@ -394,6 +413,16 @@ def _store(replica: Replica, transfers: Sequence[m.Data | m.Zero]) -> None:
         # Invariant: nothing is written that is not what the sender read.
         content = transfer.content()
         replica.write(transfer.disk, transfer.offset, content, transfer.digest)
+
+
+async def _answer(link: Link, proof: DiskProof, nonce: int, answering: trio.Semaphore) -> None:
+    try:
+        await proof.recent()
+        # An answer that is cut short would leave half a frame behind.
+        with trio.CancelScope(shield=True):
+            await link.send(m.Pong(nonce))
+    finally:
+        answering.release()
 
 
 async def _checkpoint(replica: Replica, at: m.Reached, checkpointing: trio.Lock) -> None:

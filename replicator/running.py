@@ -1,7 +1,8 @@
 """How a command runs its tasks: under trio, until a signal, with one error at the end."""
 
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
@@ -24,6 +25,21 @@ def run_trio(run: Callable[[], Awaitable[None]]) -> None:
         if isinstance(error, OSError):
             raise FuseDiskError(str(error)) from None
         raise error from None
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Around a nursery: one of its errors comes out, and no group.
+
+    An `except*` would not do: where a task is cancelled while another one fails, what it raises is
+    put into a group with the Cancelled, and so goes past whoever expects it.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error = first_error(group)
+        # Its cause says what kind of error it is, to whoever has to decide on it.
+        raise error from error.__cause__
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

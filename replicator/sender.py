@@ -16,8 +16,9 @@ from fusedisk.extents import allocated_bytes
 from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.batches import Batch, BatchReader, Unread
-from replicator.captured import SPILL_BYTES, CapturedSource, capture
+from replicator.captured import SPILL_BYTES, CapturedSource, capture, unchanged
 from replicator.compression import Compressor
+from replicator.freeze import Instant
 from replicator.lineage import holds_base
 from replicator.link import Link, say_last
 from replicator.progress import Progress
@@ -67,15 +68,20 @@ class Session:
         """Wall clock just before the committed epoch was closed here; None for an older one."""
         self.commit_seconds = 0.0
         """How long the target took to answer the last commit."""
-        self._closing: tuple[int, float] | None = None
+        self._frozen = False
+        self.instant: float | None = None
+        """The same by the clock that only goes forward."""
+        self._closing: tuple[int, float, float] | None = None
         self.cause: str | None = None
         self.captured: CapturedSource | None = None
         self._instants_only = False
+        self.repairs: list[tuple[int, int, int]] = []
+        """(disk, start, end) to send with the next pass, whether it changed or not."""
         self.spill_bytes = SPILL_BYTES
         self.on_phase: Callable[[str], None] = lambda _: None
         self.on_unread: Callable[[list[Unread]], None] = lambda _: None
         """Told what a pass lacks because it cannot be read, and at last that it lacks nothing."""
-        self.frozen: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+        self.frozen: Callable[[], AbstractAsyncContextManager[Instant | None]] = nullcontext
         """Entered around the instant of a pass."""
         self.held: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         """Awaited before each piece of work; returns at once unless replication is paused."""
@@ -142,7 +148,9 @@ class Session:
         Raises FuseDiskError when the mount is gone.
         """
         assert self.committed is not None
-        await self._begin(self._source.control.epoch, "pass")
+        data = await trio.to_thread.run_sync(self._source.changed_data, self.committed)
+        data += sum(end - start for _, start, end in self.repairs)
+        await self._begin(self._source.control.epoch, "pass", data)
         await self._commit(await self._send_instant(self.committed))
 
     async def _send_instant(self, since: int) -> int:
@@ -153,11 +161,11 @@ class Session:
         """
         disks = range(len(self._source.fds))
         while True:
-            before = time.time()
-            async with self.frozen():
+            before = time.time(), trio.current_time()
+            async with self.frozen() as closing:
                 instant = await capture(self._source, since, self.spill_bytes)
             async with instant as captured:
-                self._closing = captured.epoch, before
+                self._closing = captured.epoch, *before
                 self.captured = captured
                 try:
                     ranges = [await trio.to_thread.run_sync(captured.ranges, d) for d in disks]
@@ -165,12 +173,20 @@ class Session:
                     self.progress.begin("pass", totals)
                     for disk in disks:
                         await self._send_ranges(disk, ranges[disk], holes=True, readable=captured)
+                    # Last, since no copies are made of what a capture has passed.
+                    for disk, start, end in await trio.to_thread.run_sync(
+                        unchanged, self._source.maps, self.repairs, since
+                    ):
+                        await self._send_ranges(
+                            disk, [(start, end)], holes=True, count=False, readable=captured
+                        )
                 finally:
                     self.captured = None
                 if not self._source.mounted:
                     # Invariant: who writes to another mount of the disks marks another map.
                     raise FuseDiskError("the mount is gone; mount it again and start again")
                 if captured.intact and not self._unread:
+                    self._frozen = closing is not None and closing.frozen
                     return captured.epoch
                 reason = "a part of it could not be read" if self._unread else "the spill is full"
             log.warning("epoch %d is not captured: %s; trying the next", captured.epoch, reason)
@@ -179,18 +195,18 @@ class Session:
             since = captured.epoch
 
     async def ping(self) -> None:
-        """Prove the round trip through the target's worker. Raises TooSlowError."""
+        """Prove the round trip through the target's worker and disk. Raises LinkLost."""
         nonce = secrets.randbits(32)
-        with trio.fail_after(_ANSWER_SECONDS_MAX):
-            await self._link.send(m.Ping(nonce))
-            while True:
-                event = await self._link.receive_soon()
-                if isinstance(event, m.Hashes):
-                    self._answers.append(event)
-                if isinstance(event, m.Pong) and event.nonce == nonce:
-                    return
-                if isinstance(event, m.Failed | m.Bye):
-                    raise trio.TooSlowError("the receiver ended the session")
+        await self._link.send(m.Ping(nonce))
+        while True:
+            # No time limit of its own: much may be on its way before it over a slow link.
+            event = await self._link.receive_soon()
+            if isinstance(event, m.Hashes):
+                self._answers.append(event)
+            if isinstance(event, m.Pong) and event.nonce == nonce:
+                return
+            if isinstance(event, m.Failed | m.Bye):
+                raise trio.TooSlowError("the receiver ended the session")
 
     async def hashes(self, disk: int, offset: int, length: int) -> list[m.Segment]:
         """What the target holds in a range, after all that was sent before.
@@ -209,8 +225,7 @@ class Session:
         if self._answers:
             answer = self._answers.popleft()
         else:
-            with trio.fail_after(_ANSWER_SECONDS_MAX):
-                answer = await self._link.expect(m.Hashes)
+            answer = await self._link.expect(m.Hashes)
         if (answer.disk, answer.offset, answer.length) != (disk, offset, length):
             raise m.RemoteProtocolError("peer hashed another range")
         return answer.segments
@@ -307,9 +322,9 @@ class Session:
         await self._link.send(m.Checkpoint(m.Reached(generation, epoch, disk, offset)))
 
     async def _close_epoch(self) -> int:
-        before = time.time()
+        before = time.time(), trio.current_time()
         epoch = await self._source.close_epoch()
-        self._closing = epoch, before
+        self._closing = epoch, *before
         return epoch
 
     def _advance(self, disk: int, count: int) -> None:
@@ -318,12 +333,13 @@ class Session:
         self._rates.sent(count, now - self._working_since)
         self._working_since = now
 
-    async def _begin(self, epoch: int, kind: str) -> None:
+    async def _begin(self, epoch: int, kind: str, data_bytes: int = 0) -> None:
         self._digest = TransferDigest()
         self._unread = []
+        self._frozen = False
         self._checkpointed_at = trio.current_time()
         self._working_since = trio.current_time()
-        await self._link.send(m.Begin(epoch, kind))  # type: ignore[arg-type]
+        await self._link.send(m.Begin(epoch, kind, data_bytes))  # type: ignore[arg-type]
 
     async def _commit(self, epoch: int, *, consistent: bool = True) -> None:
         # Invariant: an epoch is not committed while anything of it could not be read.
@@ -331,7 +347,12 @@ class Session:
         generation = self._source.record.generation
         begun = trio.current_time()
         digest = self._digest
-        await self._link.send(m.Commit(generation, epoch, digest.count, digest.value(), consistent))
+        await self._link.send(
+            m.Commit(
+                *(generation, epoch, digest.count, digest.value(), consistent),
+                frozen=consistent and self._frozen,
+            )
+        )
         # However long the target syncs, it says meanwhile that it lives.
         answer = await self._link.expect(m.Committed)
         if (answer.generation, answer.epoch) != (generation, epoch):
@@ -340,7 +361,8 @@ class Session:
         self._rates.sent(0, trio.current_time() - self._working_since)
         self.commit_seconds = trio.current_time() - begun
         if self._closing is not None and self._closing[0] == epoch:
-            self.closed_at = self._closing[1]
+            self.closed_at, self.instant = self._closing[1:]
+        self.repairs.clear()
         self.progress.finish()
 
     async def _read_again(self) -> None:

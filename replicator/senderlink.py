@@ -5,7 +5,8 @@ somebody is there. So `listen` reads throughout: it answers a Ping itself and qu
 whoever waits in `receive`.
 """
 
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Hashable, Sequence
 
 import trio
 
@@ -14,18 +15,25 @@ from fusedisk.replicas import Sent
 from replicator.link import Buffer, Link, LinkLost, raise_failed
 from replicator.messages import (
     Bye,
+    Commit,
+    Committed,
     Event,
     Failed,
     LocalProtocolError,
     Ping,
     Pong,
+    Promote,
+    Promoted,
     RemoteProtocolError,
 )
 from replicator.ratelimit import TokenBucket
+from replicator.stalling import Answers
 
 # One answer is outstanding at a time; a peer that says more than a few things has to wait.
 _QUEUED_EVENTS_MAX = 16
 _LAST_WORD_SECONDS_MAX = 1.0
+KEEPALIVE_SECONDS = 5.0
+"""How often the target is asked whether its disk answers."""
 
 
 class Pace:
@@ -60,6 +68,9 @@ class SenderLink(Link):
         self._failure: Exception | None = None
         self._last_word: Event | None = None
         self._ended = trio.Event()
+        self.answers = Answers(trio.current_time)
+        self.on_moved = self.answers.moved
+        self._keepalives: set[int] = set()
         self.on_end: Callable[[], None] = lambda: None
 
     async def listen(self) -> None:
@@ -68,7 +79,12 @@ class SenderLink(Link):
             while self._last_word is None:
                 event = await super().receive()
                 if isinstance(event, Ping):
+                    self.answers.heard()
                     await super().send(Pong(event.nonce))
+                    continue
+                self.answers.heard(_question(event))
+                if isinstance(event, Pong) and event.nonce in self._keepalives:
+                    self._keepalives.discard(event.nonce)
                     continue
                 if isinstance(event, Failed | Bye):
                     self._last_word = event
@@ -81,6 +97,19 @@ class SenderLink(Link):
             self._ended.set()
             self.on_end()
 
+    async def keep_asking(self) -> None:
+        """Ask now and then whether the target's disk answers; the session has to be open."""
+        try:
+            while True:
+                await trio.sleep(KEEPALIVE_SECONDS)
+                if not self.answers.outstanding:
+                    nonce = secrets.randbits(32)
+                    self._keepalives.add(nonce)
+                    await self.send(Ping(nonce))
+        except (LinkLost, LocalProtocolError, RemoteProtocolError, FuseDiskError, OSError):
+            # Whoever converses learns of it too.
+            return
+
     async def receive(self) -> Event:
         """The next event but Pings. Raises LinkLost at the end, RemoteProtocolError."""
         try:
@@ -92,6 +121,9 @@ class SenderLink(Link):
     async def send(self, *events: Event) -> None:
         """Raises why the conversation ended, where the peer said so: Refused or LinkLost."""
         self.raise_ended()
+        for event in events:
+            if isinstance(event, Ping | Commit | Promote):
+                self.answers.asked(_question(event))
         try:
             await super().send(*events)
         except (LinkLost, LocalProtocolError):
@@ -113,6 +145,13 @@ class SenderLink(Link):
             raise self._failure
 
     async def _write(self, buffers: Sequence[Buffer]) -> None:
+        try:
+            await self._write_paced(buffers)
+        finally:
+            self.answers.writing(False)
+
+    async def _write_paced(self, buffers: Sequence[Buffer]) -> None:
+        self.answers.writing(True)
         if self._pace.bucket.rate is None:
             await self._put(buffers)
             self._sent.bytes += sum(len(buffer) for buffer in buffers)
@@ -120,9 +159,24 @@ class SenderLink(Link):
         for buffer in buffers:
             view = memoryview(buffer)
             while view:
+                self.answers.writing(False)
                 await self._pace.ready()
+                self.answers.writing(True)
                 piece = view[: self._pace.bucket.slice_bytes]
                 await self._put([piece])
                 self._pace.bucket.spend(len(piece))
                 self._sent.bytes += len(piece)
                 view = view[len(piece) :]
+
+
+def _question(event: Event) -> Hashable:
+    """What an event asks or answers, the same for both; None for what is neither."""
+    match event:
+        case Ping(nonce) | Pong(nonce):
+            return nonce
+        case Commit() | Committed():
+            return "commit"
+        case Promote() | Promoted():
+            return "promote"
+        case _:
+            return None

@@ -22,6 +22,8 @@ Rpo = Annotated[float, Meta(ge=0.1, le=86400)]
 Silence = Annotated[float, Meta(ge=2, le=3600)]
 Downtime = Annotated[int, Meta(ge=1, le=3600_000)]
 Spill = Annotated[int, Meta(ge=SPILL_BYTES_MIN, le=1 << 50)]
+Every = Annotated[float, Meta(ge=1, le=366 * 86400)]
+Compared = Annotated[int, Meta(ge=1, le=1 << 61)]
 Bandwidth = Annotated[int, Meta(ge=RATE_MIN, le=1 << 61)]
 
 
@@ -36,6 +38,8 @@ class SenderSettings(msgspec.Struct, forbid_unknown_fields=True):
     once: bool = False
     silence_seconds_max: Silence = SILENCE_SECONDS_MAX
     freeze: FreezeSettings | None = None
+    verify_every: Every | None = None
+    verify_bandwidth: Compared | None = None
 
 
 class Changes(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -7,6 +7,7 @@ from pathlib import Path
 import trio
 
 from fusedisk.changemap import ChangeMap, Control
+from fusedisk.direct import read_into
 from fusedisk.epochs import reserve
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import data_extents
@@ -15,8 +16,8 @@ from fusedisk.mounting import find_state
 from fusedisk.replicas import Lag, lag_since
 from fusedisk.state import locked, read_mount_record
 from replicator.rates import Rates
-from replicator.transfers import read_into
 
+_LITTLE_BYTES = 1 << 20
 _QUIET_POLL_SECONDS = 0.001
 _MEASURE_SECONDS = 1.0
 
@@ -30,12 +31,19 @@ class Source:
     def __init__(self, mountpoint: Path) -> None:
         self.state = find_state(mountpoint)
         self.record = read_mount_record(self.state)
+        if self.record.standby:
+            raise FuseDiskError(
+                f"{mountpoint} stands by until its replica is promoted; cut over to it first"
+            )
         self.fds: list[int] = []
         try:
             self.control = Control(self.state / "control", True)
             self.maps = [ChangeMap(self.state / f"{i}.map") for i in range(len(self.record.disks))]
             for disk in self.record.disks:
-                self.fds.append(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC))
+                # Invariant: in the server's mode. Cached pages beside direct writes may be stale,
+                # and would still hash well.
+                direct = os.O_DIRECT if self.record.cache == "none" else 0
+                self.fds.append(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC | direct))
                 # What a sender reads first is in the page cache when the guest writes to it.
                 keep_pages_small(self.fds[-1])
         except (OSError, ValueError) as error:
@@ -92,6 +100,20 @@ class Source:
             min(m.count(since) * m.chunk_size, disk.size)
             for m, disk in zip(self.maps, self.record.disks, strict=True)
         ]
+
+    def changed_data(self, since: int) -> int:
+        """About how many bytes of data were written after ``since``; 0 for little. Raises OSError.
+
+        What only became holes is not counted.
+        """
+        if sum(self.changed_bytes(since)) < _LITTLE_BYTES:
+            return 0
+        return sum(
+            length
+            for disk in range(len(self.fds))
+            for start, end in self.changed_ranges(disk, since)
+            for _, length in self.data_extents(disk, start, end)
+        )
 
     def changed_ranges(self, disk: int, since: int) -> list[tuple[int, int]]:
         """(start, end) of the ranges of one disk written after ``since``, neighbours joined."""

@@ -1,12 +1,11 @@
 """What crosses the wire for a range of a disk: data, or runs of zeros, and a digest over a pass."""
 
-import errno
-import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import xxhash
 
+from fusedisk.direct import read_into
 from fusedisk.extents import data_extents
 from replicator.messages import (
     DATA_BYTES_MAX,
@@ -65,15 +64,6 @@ class OneImage:
     def read(self, disk: int, buffer: memoryview, offset: int) -> None:
         """Fill the buffer from a byte of the image. Raises OSError."""
         read_into(self._fd, buffer, offset)
-
-
-def read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill the buffer from a byte of an image. Raises OSError, also where the image ends."""
-    while buffer:
-        count = os.preadv(fd, [buffer], offset)
-        if count == 0:
-            raise OSError(errno.EIO, f"the image ends at byte {offset}, before its size")
-        buffer, offset = buffer[count:], offset + count
 
 
 def pieces(source: Readable, disk: int, start: int, end: int) -> Iterator[tuple[int, int, bool]]:

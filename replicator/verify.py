@@ -8,7 +8,6 @@ The steps go over the session's one ordered link between passes, so that the tar
 the same epoch for the whole of a step; another step may see a later one.
 """
 
-import os
 from collections.abc import Collection, Sequence
 from typing import Annotated, Literal
 
@@ -17,8 +16,10 @@ import trio
 import xxhash
 
 from fusedisk.changemap import ChangeMap
+from fusedisk.direct import read_into
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import data_extents
+from fusedisk.replicas import Verified
 from replicator.link import LinkLost, Refused
 from replicator.messages import (
     DIGEST_BYTES,
@@ -36,14 +37,20 @@ EXIT_DIFFERS = 5
 RANGES_MAX = 1000
 _STEP_BYTES_MAX = 64 * MIB
 _BANDWIDTH_MAX = 2**61
+_REPAIRS_MAX = 3
+"""How often the same step is repaired: what differs after that is damaged again and again."""
 
 assert _STEP_BYTES_MAX <= HASH_LENGTH_MAX
 
 
 class VerifyOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """What the one who asks may choose. ``bandwidth``: bytes of data compared each second."""
+    """What the one who asks may choose. ``bandwidth``: bytes of data compared each second.
+
+    With ``repair`` what differs is sent again with the next pass, and compared once more.
+    """
 
     bandwidth: Annotated[int, msgspec.Meta(ge=1, le=_BANDWIDTH_MAX)] | None = None
+    repair: bool = False
 
 
 class DifferingRange(msgspec.Struct):
@@ -60,13 +67,14 @@ class Findings(msgspec.Struct):
     What is a hole on both sides counts as compared; the epoch is that of the last step.
     """
 
-    outcome: Literal["equal", "differs"] = "equal"
+    outcome: Literal["equal", "differs", "repaired"] = "equal"
     compared_bytes: int = 0
     left_out_bytes: int = 0
     left_out_chunks: int = 0
     epoch: int = 0
     differing_bytes: int = 0
     differing_ranges: int = 0
+    repaired_bytes: int = 0
     differing: list[DifferingRange] = []
     _end: tuple[str, int] | None = None
 
@@ -81,6 +89,11 @@ class Findings(msgspec.Struct):
         if self.differing_ranges <= RANGES_MAX:
             self.differing[-1].length += end - start
         self._end = disk, end
+
+    def summary(self, at: float) -> Verified:
+        """What the status keeps of it."""
+        counts = self.compared_bytes, self.differing_bytes, self.repaired_bytes
+        return Verified(at, self.outcome, self.epoch, *counts)
 
     def report(self) -> dict[str, object]:
         """What ``verify --json`` prints."""
@@ -129,9 +142,8 @@ def unequal_blocks(
         for start, end, digest in blocks:
             if not skip.isdisjoint(_block_numbers(start, end)):
                 continue
-            data = os.pread(fd, end - start, start)
-            if len(data) != end - start:
-                raise OSError(f"the image ended at {start + len(data)}, before its size")
+            data = bytearray(end - start)
+            read_into(fd, data, start)
             seen += len(data)
             if digest is None:
                 equal = data == bytes(len(data))
@@ -180,6 +192,9 @@ class Verification:
         self._ready_at = 0.0
         self._ended = trio.Event()
         self._error: FuseDiskError | None = None
+        self._repair = options.repair
+        self._repairs = 0
+        self._mending = 0
         self.findings = Findings()
         self.progress = progress or Progress()
         self.progress.begin("verify", [disk.size for disk in source.record.disks])
@@ -208,6 +223,9 @@ class Verification:
         Raises LinkLost where the target ended the session.
         """
         while not self._ended.is_set() and not wake.is_set() and trio.current_time() < until:
+            if session.repairs:
+                # The next pass sends them; then this step is taken once more.
+                return
             if self._ready_at > trio.current_time():
                 with trio.move_on_at(min(self._ready_at, until)):
                     await wake.wait()
@@ -238,8 +256,19 @@ class Verification:
         # Without a mount nobody marks, and what was read may be anybody's write.
         if not source.mounted:
             raise FuseDiskError("the mount is gone; mount it again and verify again")
-        self._note(start, end, epoch, left_out, len(changed), unequal)
         self._pace(max(seen, sum(s.length for s in segments if not s.zero)))
+        differing = [one for one in unequal if left_out.isdisjoint(_block_numbers(*one))]
+        if self._repair and differing and self._repairs < _REPAIRS_MAX:
+            self._repairs += 1
+            self._mending = max(self._mending, sum(b - a for a, b in differing))
+            session.repairs = [(disk, first, last) for first, last in differing]
+            return
+        still = sum(b - a for a, b in differing)
+        self.findings.repaired_bytes += max(0, self._mending - still)
+        self._repairs = self._mending = 0
+        if self.findings.outcome == "equal" and self.findings.repaired_bytes:
+            self.findings.outcome = "repaired"
+        self._note(start, end, epoch, left_out, len(changed), unequal)
 
     def _step_end(self) -> int:
         """Where the next step ends; all steps begin at a chunk and at a block."""

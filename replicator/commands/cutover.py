@@ -21,6 +21,7 @@ from replicator.guest import check_options
 from replicator.handover import OutcomeUnknown
 from replicator.options import Seconds
 from replicator.settings import MAX_DOWNTIME_MS
+from replicator.slowing import check_floor
 
 _SHOW_SECONDS = 0.5
 
@@ -54,6 +55,14 @@ _SHOW_SECONDS = 0.5
     help="QEMU's monitor: the guest is paused for the switch.",
 )
 @click.option("--migrate-to", metavar="URI", help="Moves the memory to the QEMU that waits there.")
+@click.option("--slow-guest", is_flag=True, help="Slows writes step by step if they are too many.")
+@click.option(
+    "--slow-floor",
+    default="1MiB",
+    show_default=True,
+    metavar="RATE",
+    help="Bytes of disk a second that --slow-guest leaves to the guest.",
+)
 @click.option("--dry-run", is_flag=True, help="All but the switch; says what it would take.")
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("mountpoint", type=Path)
@@ -69,6 +78,8 @@ def command(
     verify: str,
     qmp: Path | None,
     migrate_to: str | None,
+    slow_guest: bool,
+    slow_floor: str,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -90,6 +101,7 @@ def command(
         dry_run=dry_run,
         qmp=monitor,
         migrate_to=migrate_to,
+        slow_floor=check_floor(slow_floor) if slow_guest else None,
     )
     request = f"cutover {msgspec.json.encode(options).decode()}"
     ended = threading.Event()

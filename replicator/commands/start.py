@@ -1,5 +1,6 @@
 """``replicator start``."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from replicator.settings import SenderSettings, check_bandwidth, check_spill
 from replicator.showing import show
 from replicator.source import Source
 from replicator.store import check_replica_name
-from replicator.transport.connecting import check_target
+from replicator.transport.connecting import check_target, connected
 from replicator.transport.settings import Settings
 
 
@@ -65,6 +66,17 @@ from replicator.transport.settings import Settings
     metavar="SECONDS",
     help="At most this often.",
 )
+@click.option(
+    "--verify-every",
+    type=Seconds(1, 366 * 86400),
+    metavar="TIME",
+    help="Compare the replica by hash so often, e.g. 7d; the outcome is in the status.",
+)
+@click.option(
+    "--verify-bandwidth",
+    metavar="RATE",
+    help="Bytes of data to compare each second then; default: no limit.",
+)
 @sender_options
 @click.argument("mountpoint", type=Path)
 @click.argument("address")
@@ -83,6 +95,8 @@ def command(
     freeze_cmd: str | None,
     thaw_cmd: str | None,
     freeze_every: float,
+    verify_every: float | None,
+    verify_bandwidth: str | None,
     settings: Settings,
 ) -> None:
     """Replicate all disks of a mount, in the foreground."""
@@ -98,11 +112,14 @@ def command(
     wanted.spill_bytes = check_spill(parse_size(spill))
     wanted.bandwidth = check_bandwidth(parse_rate(bandwidth))
     wanted.freeze = freeze_settings(freeze, freeze_cmd, thaw_cmd, freeze_every)
+    wanted.verify_every = verify_every
+    wanted.verify_bandwidth = None if verify_bandwidth is None else parse_rate(verify_bandwidth)
     source = Source(mountpoint)
     lock_replica(source.state, name)
 
     def work(ready: Callable[[], None]) -> None:
-        _replicate(lambda: Follower(source, name, target, settings, wanted), source, name, ready)
+        connect = functools.partial(connected, target, settings)
+        _replicate(lambda: Follower(source, name, target, connect, wanted), source, name, ready)
 
     if detach:
         run_detached(work, source.state / "replicas" / f"{name}.log", leave=mountpoint)

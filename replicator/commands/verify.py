@@ -33,17 +33,23 @@ from replicator.verify import EXIT_DIFFERS, Findings, VerifyOptions, verify_dire
 @click.command()
 @click.option("--name")
 @click.option("--bandwidth", metavar="RATE", help="Bytes of data to compare each second.")
+@click.option("--repair", is_flag=True, help="Send again what differs, and compare it once more.")
 @click.option("--json", "as_json", is_flag=True)
 @sender_options
 @click.argument("mountpoint", type=Path)
 def command(
-    mountpoint: Path, name: str | None, bandwidth: str | None, as_json: bool, settings: Settings
+    mountpoint: Path,
+    name: str | None,
+    bandwidth: str | None,
+    repair: bool,
+    as_json: bool,
+    settings: Settings,
 ) -> None:
     """Compare the last committed epoch of a replica with the disks, by hash."""
     rate = None if bandwidth is None else parse_size(bandwidth)
     if rate == 0:
         raise UsageError("--bandwidth must be more than nothing")
-    options = VerifyOptions(rate)
+    options = VerifyOptions(rate, repair)
     state = find_state(mountpoint)
     name = control.choose(state, name)
     try:
@@ -53,6 +59,10 @@ def command(
         found = _ask_sender(state, name, options)
     else:
         try:
+            if repair:
+                raise FuseDiskError(
+                    f"replica {name} has no running sender to repair it; start one, then verify"
+                )
             found = _verify_here(mountpoint, name, options, settings).report()
         finally:
             os.close(lock)
@@ -117,6 +127,8 @@ def _describe(found: dict[str, Any]) -> str:
     )
     if found["outcome"] == "equal":
         return f"equal: {counted}"
+    if found["outcome"] == "repaired":
+        return f"repaired: {found['repaired_bytes']} bytes differed and were sent again; {counted}"
     lines = [f"differs: {found['differing_bytes']} bytes in the ranges below; {counted}"]
     lines += [f"{r['disk']} offset {r['offset']} length {r['length']}" for r in found["differing"]]
     if more := found["differing_ranges"] - len(found["differing"]):

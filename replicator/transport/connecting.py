@@ -1,8 +1,9 @@
 """Connecting to a receiver, whatever its address."""
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TypeAlias
 
 import trio
 
@@ -20,6 +21,9 @@ from replicator.transport import inherited, processes, sockets, ssh, tls
 from replicator.transport.settings import Settings, may_ask
 
 _CONNECT_SECONDS_MAX = 10.0
+
+Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[trio.abc.Stream]]
+"""`connected`, with an address and its settings; a simulated network takes its place."""
 
 
 @asynccontextmanager
