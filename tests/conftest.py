@@ -191,5 +191,5 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
 
     yield attach
     for device in attached:
-        clear_fence([Path(device)])
         subprocess.run(["losetup", "--detach", device], check=True)
+        clear_fence([Path(device)])

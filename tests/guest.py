@@ -55,7 +55,8 @@ class Guest:
             unavailable("there is no guest kernel; run scripts/guest-kernel")
         initramfs = _initramfs(folder, script, programs)
         self._log = folder / "console.log"
-        with self._log.open("wb") as console:
+        # What QEMU itself says must not come in the midst of a line of the guest's.
+        with self._log.open("wb") as console, (folder / "qemu.log").open("wb") as errors:
             self.popen = subprocess.Popen(
                 [
                     *("qemu-system-x86_64", "-accel", "tcg", "-m", "192", "-nodefaults"),
@@ -66,7 +67,7 @@ class Guest:
                 ],
                 stdin=subprocess.PIPE,
                 stdout=console,
-                stderr=subprocess.STDOUT,
+                stderr=errors,
             )
 
     @property

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,27 @@ REPLICATOR = str(Path(sys.executable).with_name("replicator"))
 class Move:
     """Everything for one cutover; `close` ends it all. The mount is the caller's."""
 
-    def __init__(self, folder: Path, mount: Mount) -> None:
+    def __init__(
+        self, folder: Path, mount: Mount, away: Callable[..., Mount] | None = None
+    ) -> None:
+        """With ``away``, which makes one, the waiting QEMU has its disks in a mount there."""
         self.folder, self.mount = folder, mount
         self._stack = ExitStack()
         self.store = folder / "store"
         self.store.mkdir()
         for image in mount.images:
             make_disk(image)
+        try:
+            self._begin(away)
+        except BaseException:
+            # Also where there is no QEMU and the test is skipped.
+            self._stack.close()
+            raise
+
+    def _begin(self, away: Callable[..., Mount] | None) -> None:
+        folder, mount = self.folder, self.mount
         mount.mount()
-        self.receiver = self._receive()
+        self.receiver = self.receive()
         self.proxy = self._stack.enter_context(Proxy(f"unix://{folder / 's'}"))
         self.sender = self._send()
         self.wait_for_state("following")
@@ -36,12 +49,47 @@ class Move:
         disks = [mount.disk(number) for number in range(len(mount.images))]
         self.source = self.boot("source", disks)
         self.source.wait_for_records(3)
-        self.target = self.boot("target", self.replicas, self.uri)
+        self.target_disks = self.replicas
+        if away is None:
+            self.target = self.boot("target", self.replicas, self.uri)
+        else:
+            self.away = away(*self.replicas, name="mnt-away")
+            self.target = self.boot_standing_by("target", self.away, self.uri)
+            self.target_disks = [self.away.disk(number) for number in range(len(self.replicas))]
 
     def boot(self, name: str, disks: list[Path], incoming: str | None = None) -> RecordingGuest:
         """Start a QEMU that ends with us."""
         guest = RecordingGuest(self.folder / name, disks, incoming)
         self._stack.callback(guest.close)
+        return guest
+
+    def boot_standing_by(self, name: str, mount: Mount, uri: str) -> RecordingGuest:
+        """Mount a replica's images that stand by, for a QEMU that waits on them."""
+        mount.mount("--standby")
+        disks = [mount.disk(number) for number in range(len(mount.images))]
+        return self.boot(name, disks, uri)
+
+    def go_home(self, home: Callable[..., Mount]) -> RecordingGuest:
+        """After the move: let the old images follow, and move the guest back to them."""
+        assert self.sender.wait(20) == 0
+        self.source.close()
+        self.mount.unmount()
+        store = self.folder / "home-store"
+        store.mkdir()
+        adopted = self._run("adopt.log", "adopt", store / "r", *self.mount.images)
+        assert adopted.wait(20) == 0, self.log("adopt.log")
+        address = f"unix://{self.folder / 'h'}"
+        self._run("receive-home.log", "receive", "--store", store, address)
+        wait_for((self.folder / "h").exists, "the receiver listens")
+        replicas = [store / "r" / image.name for image in self.mount.images]
+        uri = f"unix:{self.folder / 'ram-home'}"
+        guest = self.boot_standing_by("home", home(*replicas, name="mnt-home"), uri)
+        words = ("start", "--name", "r", "--rpo", "0.5", self.away.mountpoint, address)
+        self._run("start-home.log", *words)
+        self.wait_for_state("following", self.away)
+        words = ("--max-downtime", "20000", "--qmp", self.target.qmp, "--migrate-to", uri, "--json")
+        moved = self._run("home.log", "cutover", *words, self.away.mountpoint)
+        assert moved.wait(120) == 0, self.log("home.log")
         return guest
 
     def _run(self, log: str, *words: str | Path) -> subprocess.Popen[bytes]:
@@ -51,7 +99,8 @@ class Move:
         self._stack.callback(process.kill)
         return process
 
-    def _receive(self) -> subprocess.Popen[bytes]:
+    def receive(self) -> subprocess.Popen[bytes]:
+        """Start the receiver, also again."""
         (self.folder / "s").unlink(missing_ok=True)
         address = f"unix://{self.folder / 's'}"
         process = self._run("receive.log", "receive", "--store", self.store, address)
@@ -62,15 +111,15 @@ class Move:
         words = ("start", "--name", "r", "--rpo", "0.5", self.mount.mountpoint, self.proxy.address)
         return self._run("start.log", *words)
 
-    def entry(self) -> dict[str, Any]:
-        """The replica in the status."""
-        words = [REPLICATOR, "status", "--json", self.mount.mountpoint]
+    def entry(self, mount: Mount | None = None) -> dict[str, Any]:
+        """The replica in the status of a mount, of the first one if not said otherwise."""
+        words = [REPLICATOR, "status", "--json", (mount or self.mount).mountpoint]
         found = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
         entries: list[dict[str, Any]] = found["replicas"]
         return entries[0] if entries else {"state": "none"}
 
-    def wait_for_state(self, state: str) -> None:
-        wait_for(lambda: self.entry()["state"] == state, f"the replica is {state}", 60)
+    def wait_for_state(self, state: str, mount: Mount | None = None) -> None:
+        wait_for(lambda: self.entry(mount)["state"] == state, f"the replica is {state}", 60)
 
     def cut_over(self, *, moves: bool = True) -> subprocess.Popen[bytes]:
         """The command, not waited for; what it says is in cutover.log."""
@@ -92,7 +141,7 @@ class Move:
         """After whatever happened, start again what died, and resolve; whether it was promoted."""
         self.proxy.heal()
         if self.receiver.poll() is not None:
-            self.receiver = self._receive()
+            self.receiver = self.receive()
         record = read_fence(self.mount.images)
         if record is not None and record.state == "committing":
             self.sender.kill()

@@ -37,6 +37,8 @@ class Proxy:
             delay_seconds * _DELAYED_BYTES_A_SECOND / _PIECE_BYTES
         )
         self.address = ""
+        self.carried = 0
+        """Bytes that went to the receiver."""
         self._refusing = False
         self._budget: int | None = None
         self._scopes: set[trio.CancelScope] = set()
@@ -178,6 +180,8 @@ class Proxy:
                 await sink.send_all(piece)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 break
+            if upstream:
+                self.carried += len(piece)
             if last:
                 self._drop()
         # A half-closed connection has no use here: the end of one direction ends both.

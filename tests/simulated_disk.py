@@ -4,7 +4,8 @@ The operations run on real files in a scratch directory, so that reading needs n
 noted here. `crash` then says what a power loss at this moment may leave. The fault model:
 
 - a file's content: each sector of 512 bytes is as it was at the last sync of the file or after
-  any write to it since then, each sector by itself; the size is any it had since then
+  any write to it since then, each sector by itself; the size is any it had since then. A clone is
+  a write of everything
 - a directory: the creations, renames and removals since its last sync persist up to a random
   one, in order; each is atomic
 - what was synced stays; syncing a file does not sync its name, nor the other way round
@@ -31,7 +32,7 @@ class Killed(BaseException):
     """The process ended here; nothing after this happens."""
 
 
-class _File:
+class SimulatedContent:
     def __init__(self, content: bytes) -> None:
         self.content = bytearray(content)
         self.sizes = [len(content)]
@@ -71,13 +72,13 @@ class _File:
 
 
 class _Directory:
-    def __init__(self, entries: dict[str, _File | _Directory]) -> None:
+    def __init__(self, entries: dict[str, SimulatedContent | _Directory]) -> None:
         self.entries = entries
         self.durable = dict(entries)
         # Each is the names it sets, to nothing for a removal.
-        self.pending: list[dict[str, _File | _Directory | None]] = []
+        self.pending: list[dict[str, SimulatedContent | _Directory | None]] = []
 
-    def change(self, names: dict[str, _File | _Directory | None]) -> None:
+    def change(self, names: dict[str, SimulatedContent | _Directory | None]) -> None:
         _set(self.entries, names)
         self.pending.append(names)
 
@@ -93,7 +94,8 @@ class _Directory:
 
 
 def _set(
-    entries: dict[str, _File | _Directory], names: dict[str, _File | _Directory | None]
+    entries: dict[str, SimulatedContent | _Directory],
+    names: dict[str, SimulatedContent | _Directory | None],
 ) -> None:
     for name, node in names.items():
         if node is None:
@@ -109,8 +111,9 @@ class SimulatedFiles(Files):
         self.root = root
         self.trace: list[str] = []
         self.kill_at: int | None = None
+        self.clones = False
         self.before_each: Callable[[], None] = lambda: None
-        self._inodes: dict[int, _File] = {}
+        self._inodes: dict[int, SimulatedContent] = {}
         self._top = self._lay_out(root, tree)
 
     def crash(self, rng: random.Random) -> Tree:
@@ -121,11 +124,11 @@ class SimulatedFiles(Files):
         if path.exists():
             shutil.rmtree(path)
         path.mkdir()
-        entries: dict[str, _File | _Directory] = {}
+        entries: dict[str, SimulatedContent | _Directory] = {}
         for name, node in tree.items():
             if isinstance(node, bytes):
                 (path / name).write_bytes(node)
-                file = entries[name] = _File(node)
+                file = entries[name] = SimulatedContent(node)
                 self._inodes[(path / name).stat().st_ino] = file
             else:
                 entries[name] = self._lay_out(path / name, node)
@@ -148,13 +151,13 @@ class SimulatedFiles(Files):
     def _say(self, path: Path) -> str:
         return str(path.relative_to(self.root))
 
-    def _file(self, fd: int) -> _File:
+    def _file(self, fd: int) -> SimulatedContent:
         return self._inodes[os.fstat(fd).st_ino]
 
     def create(self, path: Path) -> int:
         self._step(f"create {self._say(path)}")
         fd = super().create(path)
-        file = self._inodes[os.fstat(fd).st_ino] = _File(b"")
+        file = self._inodes[os.fstat(fd).st_ino] = SimulatedContent(b"")
         self._at(path.parent).change({path.name: file})
         return fd
 
@@ -173,6 +176,15 @@ class SimulatedFiles(Files):
         self._step(f"punch {os.fstat(fd).st_ino} {offset}+{length}")
         self._file(fd).change(offset, bytes(length))
         super().punch(fd, offset, length)
+
+    def clone(self, source: int, fd: int) -> None:
+        self._step(f"clone {os.fstat(source).st_ino} {os.fstat(fd).st_ino}")
+        content = os.pread(source, os.fstat(source).st_size, 0)
+        self._file(fd).change(0, content)
+        super().write(fd, [content], 0)
+
+    def can_clone(self, directory: Path, fd: int) -> bool:
+        return self.clones
 
     def reserve(self, fd: int, offset: int, length: int) -> None:
         pass

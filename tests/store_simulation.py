@@ -16,7 +16,7 @@ from pathlib import Path
 from simulated_disk import Killed, SimulatedFiles, Tree
 
 from replicator.manifest import ReplicaDisk
-from replicator.points import PointView
+from replicator.pointview import PointView
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -80,6 +80,8 @@ class Simulation:
         self._acknowledged: int | None = None
         self._under_way: int | None = None
         self._epoch = 0
+        # A store may be moved to a filesystem of the other kind between two runs.
+        self._clones = self._rng.choice((0.0, 1.0, 1.0, 0.5))
         self._files = SimulatedFiles(scratch / "run", {})
         self.crashes = 0
 
@@ -91,6 +93,7 @@ class Simulation:
             self._files.kill_at = len(self._files.trace) + self._rng.randint(1, 50)
             if not killing:
                 self._files.kill_at = None
+            self._files.clones = self._rng.random() < self._clones
             try:
                 with self._opened(self._files) as replica:
                     self._settle(replica)
@@ -152,6 +155,7 @@ class Simulation:
 
     def _look_after(self, trees: list[Tree], *, may_crash: bool) -> None:
         files = SimulatedFiles(self._scratch / "after", trees[-1])
+        files.clones = self._chance.random() < self._clones
         if may_crash and self._chance.random() < 0.5:
             files.kill_at = self._chance.randint(0, 25)
         state = self._acknowledged, self._under_way

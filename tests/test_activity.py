@@ -3,17 +3,24 @@
 import errno
 import itertools
 import os
+import random
+import threading
+import time
 import uuid
 import zlib
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedisk import activityfile
 from fusedisk.activity import REGION, ActivityLog
 from fusedisk.activityfile import BLOCK, REGIONS_IN_BLOCK, encode, parse
+from fusedisk.changemap import ChangeMap, Control
+from fusedisk.checkpoint import checkpoint
+from fusedisk.disk import Disk
 
 GENERATION = "6f1d1f5e-0c1b-4a52-8a2e-7d2f0a3c9b11"
 serial = itertools.count()
@@ -185,6 +192,67 @@ def test_log_that_cannot_be_written_is_an_error_each_time(folder: Path) -> None:
     assert on_disk(path) == [0]
     log.heat(0, REGION, 1)
     assert on_disk(path) == [0, 1]
+
+
+def test_writers_beside_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no moment is a change that no sync covered missing from the file."""
+    regions, writers, length = 5, 3, 4 << 20
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, regions * REGION)
+    control = Control.create(tmp_path / "control", 1, 1 << 20)
+    changes = ChangeMap.create(tmp_path / "map", regions * REGION, 65536)
+    log = ActivityLog(make(tmp_path, regions), GENERATION)
+    path = next(tmp_path.glob("log*"))
+    fd = os.open(image, os.O_RDWR)
+    disk = Disk(control, changes, fd, activity=log)
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def write(number: int) -> None:
+        chance = random.Random(number)
+        try:
+            for count in itertools.count(1):
+                if stop.is_set():
+                    return
+                # Long enough for a checkpoint to pass by; what is written last tells.
+                data = bytes(length - 8) + count.to_bytes(8, "little")
+                disk.write(data, chance.randrange(regions) * REGION + number * length)
+                time.sleep(chance.choice([0, 0.002, 0.01]))
+        except BaseException as error:
+            failures.append(error)
+
+    def content() -> list[bytes]:
+        ends = [(n + 1) * length - 8 for n in range(writers)]
+        return [b"".join(os.pread(fd, 8, r * REGION + end) for end in ends) for r in range(regions)]
+
+    synced = content()
+
+    def sync(which: int) -> None:
+        nonlocal synced
+        if which == fd:
+            synced = content()
+
+    monkeypatch.setattr("fusedisk.checkpoint.os.fdatasync", sync)
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(writers)]
+    for thread in threads:
+        thread.start()
+    try:
+        dropped = 0
+        for _ in range(200):
+            dropped += trio.run(
+                lambda: checkpoint(log, tmp_path, control, [fd, changes.fd], kept=0)
+            )
+            now = content()
+            record = on_disk(path)
+            assert [r for r in range(regions) if now[r] != synced[r] and r not in record] == []
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        os.close(fd)
+    assert failures == []
+    assert dropped
 
 
 def _names(fd: int, path: Path) -> bool:

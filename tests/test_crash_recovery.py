@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from conftest import Mount, fusedisk, unavailable
+from conftest import Mount, fusedisk, unavailable, wait_for
+from verifying_load import kill_server, replicated
 
 from fusedisk import activityfile, preparing
 from fusedisk.activity import REGION, ActivityLog
@@ -23,6 +24,7 @@ from fusedisk.checkpoint import checkpoint
 from fusedisk.disk import Disk
 from fusedisk.epochs import STEP, raise_bound, read_bound, reserve
 from fusedisk.errors import FuseDiskError
+from fusedisk.extents import data_extents
 from fusedisk.image import Image, open_image
 from fusedisk.preparing import prepare
 from fusedisk.state import read_mount_record
@@ -48,7 +50,11 @@ class Xfs:
         self.mounted = True
 
     def unmount(self) -> None:
-        run("umount", self.folder)
+        # A killed process lets go of its files a moment after it is gone from the process list.
+        wait_for(
+            lambda: subprocess.run(["umount", self.folder], capture_output=True).returncode == 0,
+            "the file system is not busy any more",
+        )
         self.mounted = False
 
     def cut_power(self) -> None:
@@ -390,3 +396,53 @@ def test_mounted_disk_on_a_host_that_loses_power(
     mount.unmount()
     # The mounts below are counted before the file system goes.
     xfs.unmount()
+
+
+def test_power_loss_after_several_servers(
+    xfs: Xfs, fuse: Callable[..., Mount], tmp_path: Path
+) -> None:
+    """What one server put on record the next ones keep, and each adds to it."""
+    image = xfs.folder / "disk.img"
+    image.touch()
+    os.truncate(image, SIZE)
+    mount = fuse(image)
+    mount.state = xfs.folder / "state"
+    mount.mount()
+    chance = random.Random(SIZE)
+    with replicated(mount, tmp_path) as folder:
+        replica = folder / image.name
+        with mount.disk().open("r+b", buffering=0) as file:
+            for region in range(6):
+                for _ in range(20):
+                    file.seek(region * REGION + chance.randrange(REGION))
+                    file.write(chance.randbytes(4096))
+                if region == 1:
+                    assert fusedisk("upgrade", mount.mountpoint).returncode == 0
+                elif region < 5:
+                    kill_server(mount)
+        wait_for(lambda: replica.exists() and has_data(replica, image), "the replica has it")
+        xfs.cut_power()
+        for pid in mount.daemons():
+            os.kill(pid, signal.SIGKILL)
+    run("fusermount3", "-u", "-z", "--", mount.mountpoint)
+    mount.wait_ended()
+    xfs.unmount()
+    xfs.mount()
+    # Something was lost, and the replica does not know.
+    assert image.read_bytes() != replica.read_bytes()
+    assert "MiB that were in use will be sent again" in mount.mount()
+    with replicated(mount, tmp_path):
+        wait_for(lambda: has_data(image, replica), "the replica followed the source back")
+    assert image.read_bytes() == replica.read_bytes()
+    mount.unmount()
+    # The mounts below are counted before the file system goes.
+    xfs.unmount()
+
+
+def has_data(one: Path, other: Path) -> bool:
+    """Whether all that is not a hole in the other file is in this one."""
+    with one.open("rb") as found, other.open("rb") as wanted:
+        return all(
+            os.pread(found.fileno(), length, offset) == os.pread(wanted.fileno(), length, offset)
+            for offset, length in data_extents(wanted.fileno(), 0, SIZE)
+        )

@@ -3,13 +3,13 @@
 FUSEDISK_SERVER_KILLS is the number of kills at random points (default 12).
 """
 
+import contextlib
 import errno
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,95 +17,28 @@ from pathlib import Path
 
 import pytest
 from conftest import Mount, fusedisk, processes, unavailable, wait_for
-from guest_writers import Writer, unexplained
-from test_replication import REPLICATOR, Process
+from verifying_load import MIB, SIZES, Load, cut_over, kill_server, mount_disks, replicated
 
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.extents import data_extents
 from fusedisk.gate import take_lease
 
 KILLS = int(os.environ.get("FUSEDISK_SERVER_KILLS", "12"))
-MIB = 1 << 20
 CHUNK = 65536
-SIZES = [24 * MIB + 4608, 9 * MIB]
-WRITERS = 6
 
 MakeMount = Callable[..., Mount]
 
 
 @pytest.fixture
 def mounted(tmp_path: Path, fuse: MakeMount) -> Mount:
-    images = [tmp_path / f"disk{i}.img" for i in range(len(SIZES))]
-    for image, size in zip(images, SIZES, strict=True):
-        image.touch()
-        os.truncate(image, size)
-    mount = fuse(*images)
-    mount.mount()
-    return mount
-
-
-class Load:
-    """Writers at queue depth, cached and direct, that know what was acknowledged."""
-
-    def __init__(self, mount: Mount) -> None:
-        self.mount = mount
-        self.contents = [bytearray(size) for size in SIZES]
-        disks = [mount.disk(i) for i in range(len(SIZES))]
-        self.writers = [Writer(disks, self.contents, range(i, WRITERS), i) for i in range(WRITERS)]
-        for writer in self.writers:
-            writer.pause_seconds = 0.0
-            writer.start()
-
-    def progress(self) -> None:
-        """Wait until every writer got an answer to a request made after now."""
-        before = [writer.acknowledged for writer in self.writers]
-
-        def moved() -> bool:
-            self.check()
-            return all(w.acknowledged > n + 1 for w, n in zip(self.writers, before, strict=True))
-
-        wait_for(moved, "all writers go on")
-
-    def check(self) -> None:
-        for writer in self.writers:
-            assert writer.refused is None and writer.failure is None, writer.said()
-
-    def end(self) -> None:
-        for writer in self.writers:
-            writer.stop()
-        for writer in self.writers:
-            writer.join(30)
-            assert not writer.is_alive()
-        self.check()
-
-    def verify(self, paths: list[Path]) -> None:
-        for disk, path in enumerate(paths):
-            assert unexplained(path.read_bytes(), disk, self.contents[disk], self.writers) == []
+    return mount_disks(tmp_path, fuse)
 
 
 @pytest.fixture
 def load(mounted: Mount) -> Iterator[Load]:
     made = Load(mounted)
     yield made
-    for writer in made.writers:
-        writer.stop()
-    for writer in made.writers:
-        writer.join(30)
-
-
-def kill_server(mount: Mount) -> float:
-    """Kill it and wait for a first answer by the next; the guest's pause in seconds."""
-    pid = mount.server()
-    fd = os.open(mount.disk(), os.O_RDWR)
-    try:
-        begun = time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        os.fsync(fd)
-        pause = time.monotonic() - begun
-    finally:
-        os.close(fd)
-    wait_for(lambda: mount.server() != pid, "another server is named")
-    return pause
+    made.stop()
 
 
 def kill_by_id(mount: Mount) -> None:
@@ -171,41 +104,18 @@ def test_killed_at_random_points_nothing_is_lost(mounted: Mount, load: Load) -> 
 def test_killed_while_replicating_the_replica_is_identical(
     tmp_path: Path, mounted: Mount, load: Load
 ) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
-    address = f"unix://{tmp_path / 'receiver'}"
-    receiver = Process(tmp_path / "receiver.log", "receive", "--store", store, address)
-    where = ("--name", "r", "--rpo", "0.1")
-    try:
-        wait_for(lambda: receiver.out.read_text(), "the receiver listens")
-        sender = Process(tmp_path / "sender.log", "start", *where, mounted.mountpoint, address)
-        try:
-            chance = random.Random(KILLS)
-            for _ in range(KILLS):
-                load.progress()
-                time.sleep(chance.uniform(0, 0.6))
-                kill_server(mounted)
+    with replicated(mounted, tmp_path) as replica:
+        chance = random.Random(KILLS)
+        for _ in range(KILLS):
             load.progress()
-            load.end()
-            result = subprocess.run(
-                [
-                    *(REPLICATOR, "cutover", "--json", "--max-downtime", "20000"),
-                    str(mounted.mountpoint),
-                ],
-                capture_output=True,
-                text=True,
-                timeout=90,
-                check=False,
-            )
-            assert result.returncode == 0, (result.stderr, sender.said)
-            assert sender.wait() == 0
-        finally:
-            sender.kill()
-    finally:
-        receiver.kill()
-    load.verify([store / "r" / image.name for image in mounted.images])
+            time.sleep(chance.uniform(0, 0.6))
+            kill_server(mounted)
+        load.progress()
+        load.end()
+        cut_over(mounted)
+    load.verify([replica / image.name for image in mounted.images])
     for image in mounted.images:
-        assert (store / "r" / image.name).read_bytes() == image.read_bytes()
+        assert (replica / image.name).read_bytes() == image.read_bytes()
 
 
 @pytest.mark.parametrize("engine", ["io_uring", "libaio"])
@@ -398,65 +308,6 @@ def test_servers_that_cannot_start_end_with_the_mount(mounted: Mount) -> None:
     assert "not unmounted cleanly" in mounted.mount()
 
 
-def test_upgrade_under_load_fails_no_request(mounted: Mount, load: Load) -> None:
-    seen = {mounted.server()}
-    for _ in range(5):
-        result = fusedisk("upgrade", mounted.mountpoint)
-        assert result.returncode == 0, result.stderr
-        assert mounted.server() not in seen
-        seen.add(mounted.server())
-        load.progress()
-    load.end()
-    load.verify([mounted.disk(i) for i in range(len(SIZES))])
-    status = mounted.status()
-    assert status["server"]["restarts"] == 5
-    # All of them went in order.
-    assert "WARNING" not in keeper_log(mounted)
-    mounted.unmount()
-    assert mounted.mount() == ""
-
-
-def test_upgrade_while_the_gate_is_closed(mounted: Mount) -> None:
-    fd = os.open(mounted.disk(), os.O_RDWR)
-    written: list[int] = []
-    writers = [
-        threading.Thread(target=lambda at=n: written.append(os.pwrite(fd, b"later", at * CHUNK)))
-        for n in range(20)
-    ]
-    lease = take_lease(mounted.state)
-    control = Control(mounted.state / "control", True)
-    try:
-        control.set_gate(True)
-        for writer in writers:
-            writer.start()
-        assert fusedisk("upgrade", mounted.mountpoint).returncode == 0
-        assert os.pread(fd, 5, 8 * MIB) == bytes(5)
-        assert written == []
-    finally:
-        control.set_gate(False)
-        control.close()
-        os.close(lease)
-        for writer in writers:
-            writer.join(20)
-        os.close(fd)
-    assert written == [5] * 20
-
-
-def test_unmount_beside_upgrade(mounted: Mount) -> None:
-    for _ in range(4):
-        command = [sys.executable, "-m", "fusedisk", "upgrade", str(mounted.mountpoint)]
-        upgrade = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        try:
-            mounted.unmount()
-            _, said = upgrade.communicate(timeout=30)
-        finally:
-            upgrade.kill()
-            upgrade.wait()
-        # It was there before the unmount, came too late, or was interrupted by it.
-        assert upgrade.returncode == 0 or said.count("\n") == 1, said
-        assert mounted.mount() == ""
-
-
 def test_a_failed_flush_leaves_no_clean_mark(
     tmp_path: Path, fuse: MakeMount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,12 +326,13 @@ def test_a_failed_flush_leaves_no_clean_mark(
     )
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
     monkeypatch.setenv("FAIL_ONCE", str(tmp_path / "once"))
-    monkeypatch.setenv("LD_PRELOAD", str(library))
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(MIB))
     mount = fuse(image)
-    mount.mount()
-    monkeypatch.delenv("LD_PRELOAD")
+    with monkeypatch.context() as patch:
+        # Behind what is there already: a sanitizer's library wants to be the first.
+        patch.setenv("LD_PRELOAD", f"{os.environ.get('LD_PRELOAD', '')} {library}".strip())
+        mount.mount()
     fd = os.open(mount.disk(), os.O_RDWR)
     try:
         os.pwrite(fd, b"lost", 0)
@@ -498,3 +350,85 @@ def test_a_failed_flush_leaves_no_clean_mark(
     # The counter's file may not survive the host; what is believed after a crash is gone, durably.
     assert not (mount.state / "activity").exists()
     assert "was not unmounted cleanly, and a flush failed" in mount.mount()
+
+
+@pytest.fixture
+def overcommitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A folder whose device has no room for what its file system thinks; the tmpfs that has it."""
+    small, folder = tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("overcommitted")
+    done: list[tuple[str | Path, ...]] = []
+
+    def run(*command: str | Path, undo: tuple[str | Path, ...] | None = None) -> str:
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if result.returncode != 0:
+            unavailable(f"no file system that fails: {result.stderr.strip()}")
+        if undo is not None:
+            done.append(undo)
+        return result.stdout.strip()
+
+    try:
+        run("mount", "-t", "tmpfs", "-o", "size=24m", "none", small, undo=("umount", small))
+        (small / "device").touch()
+        os.truncate(small / "device", 64 * MIB)
+        run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", small / "device")
+        loop = run("losetup", "--find", "--show", small / "device")
+        done.append(("losetup", "--detach", loop))
+        run("mount", loop, folder, undo=("umount", folder))
+        yield folder, small
+    finally:
+        for undo in reversed(done):
+            subprocess.run(list(map(str, undo)), check=True)
+
+
+def test_a_failed_flush_that_died_with_its_server_is_not_forgotten(
+    tmp_path: Path,
+    overcommitted: tuple[Path, Path],
+    fuse: MakeMount,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel tells the server, which is killed before it can tell anybody."""
+    source, library = tmp_path / "die.c", tmp_path / "die.so"
+    source.write_text(
+        """#include <signal.h>
+        #include <sys/syscall.h>
+        #include <unistd.h>
+        #include <stdlib.h>
+        int fdatasync(int fd)
+        {
+            int failed = syscall(SYS_fdatasync, fd);
+            if (failed && unlink(getenv("DIE_ONCE")) == 0) {
+                unsetenv("LD_PRELOAD");
+                if (system(getenv("BEFORE_IT"))) return failed;
+                kill(getpid(), SIGKILL);
+            }
+            return failed;
+        }"""
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    folder, small = overcommitted
+    monkeypatch.setenv("DIE_ONCE", str(tmp_path / "once"))
+    # Every later flush succeeds.
+    monkeypatch.setenv("BEFORE_IT", f"mount -o remount,size=100m {small}")
+    (tmp_path / "once").touch()
+    image = folder / "disk.img"
+    image.touch()
+    os.truncate(image, 48 * MIB)
+    mount = fuse(image)
+    mount.state = tmp_path / "state"
+    with monkeypatch.context() as patch:
+        patch.setenv("LD_PRELOAD", f"{os.environ.get('LD_PRELOAD', '')} {library}".strip())
+        mount.mount()
+    fd = os.open(mount.disk(), os.O_RDWR)
+    try:
+        for offset in range(0, 40 * MIB, MIB):
+            os.pwrite(fd, os.urandom(MIB), offset)
+        with contextlib.suppress(OSError):
+            os.fdatasync(fd)
+        wait_for(lambda: mount.status()["server"]["restarts"] == 1, "the server died of it")
+        assert not (tmp_path / "once").exists()
+    finally:
+        os.close(fd)
+    result = fusedisk("unmount", mount.mountpoint)
+    assert result.returncode == 1 and "a flush failed" in result.stderr
+    mount.wait_ended()
+    assert not (mount.state / "activity").exists()

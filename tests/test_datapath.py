@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,13 +57,14 @@ class Kernel:
         self.replies: dict[int, tuple[int, bytes]] = {}
         self.sent = 0
         self.inits: list[bytes] = []
+        self.check_lease: Callable[[], bool] = lambda: False
         disk = Disk(self.control, self.changes, self.file.fileno())
         self.path = DataPath(
             device.fileno(),
             [disk],
             writeback=os.eventfd(0),
             on_init=self.inits.append,
-            check_lease=lambda: None,
+            check_lease=lambda: self.check_lease(),
         )
         # In the place of pyfuse3: reads what is passed on, and never answers.
         loops = [(self.path.serve, 0), (self.path.serve, 1), (self.path.release_parked, 2)]
@@ -226,3 +227,33 @@ def test_reads_go_on_behind_very_many_held_writes(kernel: Kernel) -> None:
     assert all(kernel.replies[n][0] == 0 for n in held)
     assert kernel.path.parked_bytes == 0
     assert kernel.image.read_bytes()[: 1 << 20] == b"w" * (1 << 20)
+
+
+def test_a_refusal_is_for_what_came_before_the_question(kernel: Kernel) -> None:
+    """A mount that stands by is promoted, and its guest writes, right after it was asked."""
+    late: list[int] = []
+    promoted = threading.Event()
+
+    def standing_by() -> bool:
+        if not late:
+            held = kernel.path.parked_bytes
+            late.append(kernel.send(WRITE, 2, write_request(CHUNK, b"promoted")))
+            wait_for(lambda: kernel.path.parked_bytes > held, "the late write is held")
+            return True
+        promoted.set()
+        kernel.control.set_gate(False)
+        return False
+
+    kernel.check_lease = standing_by
+    kernel.control.set_gate(True)
+    early = kernel.send(WRITE, 2, write_request(0, b"early"))
+    assert promoted.wait(30)
+
+    def answered() -> bool:
+        kernel.receive()
+        return {early, *late} <= kernel.replies.keys()
+
+    wait_for(answered, "both are answered")
+    assert kernel.replies[early][0] == -errno.EROFS
+    assert kernel.replies[late[0]][0] == 0
+    assert kernel.image.read_bytes()[CHUNK : CHUNK + 8] == b"promoted"

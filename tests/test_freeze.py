@@ -252,6 +252,12 @@ def test_a_sender_freezes_as_it_closes_epochs(
             found: list[dict[str, Any]] = json.loads(shown.stdout)["replicas"]
             return found[0] if found else {"state": None}
 
+        def points() -> list[dict[str, Any]]:
+            words = [REPLICATOR, "points", "--json", store / "r"]
+            shown = subprocess.run(words, check=True, capture_output=True)
+            listed: list[dict[str, Any]] = json.loads(shown.stdout)["points"]
+            return listed
+
         run("receive", "--store", store, address)
         wait_for((tmp_path / "s").exists, "the receiver listens")
         freeze = ("--freeze", f"qga:{agent.path}", "--freeze-every", "0")
@@ -262,6 +268,14 @@ def test_a_sender_freezes_as_it_closes_epochs(
             disk.write(b"x" * (8 << 20))
         wait_for(lambda: entry()["freeze"]["count"] > before, "the guest was frozen")
         wait_for(lambda: (store / "r/disk.img").read_bytes() == image.read_bytes(), "it is sent")
+        assert points()[-1]["frozen"]
+        # A point of an agent that does not answer is none like that.
+        agent.greeting, agent.silent = b"", True
+        with mount.disk().open("r+b") as disk:
+            disk.write(b"y" * 4096)
+        # While a pass is applied the point before it is gone, and there may be none.
+        wait_for(lambda: [p["frozen"] for p in points()][-1:] == [False], "a point has no freeze")
+        agent.silent = False
     assert "the guest was frozen for" in (tmp_path / "start.log").read_text()
     assert not agent.frozen
 

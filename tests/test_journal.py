@@ -20,6 +20,12 @@ SIZE = 3 * 4096
 DISKS = [ReplicaDisk("a", SIZE, 4096), ReplicaDisk("b", 4096, 4096)]
 
 
+@pytest.fixture(autouse=True)
+def _no_clones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where files can be cloned there is no journal."""
+    monkeypatch.setattr(Files, "can_clone", lambda *_: False)
+
+
 def opened(store: Store) -> Replica:
     return Replica.open(store, "vm", "src", DISKS)
 

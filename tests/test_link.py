@@ -4,7 +4,7 @@ import pytest
 import trio
 
 from replicator.link import Link, LinkLost
-from replicator.messages import Hello, Welcome
+from replicator.messages import Bye, Hello, Welcome
 
 SILENCE_SECONDS_MAX = 0.2
 pytestmark = pytest.mark.trio
@@ -51,4 +51,41 @@ async def test_a_cut_inside_a_frame_is_the_network_and_no_broken_rule() -> None:
     await peer.send_all(bytes(whole[:10]))
     await peer.aclose()
     assert "closed" in await lost(link.expect(Welcome))
+    await link.close()
+
+
+async def test_a_peer_that_said_goodbye_is_gone_and_an_answer_to_it_no_broken_rule() -> None:
+    """A sender that gives a pass up says so while the receiver still makes it durable."""
+    link, peer = await pair()
+    await link.send(Hello([1], "replicate", 0))
+    other = Link(peer, "receiver")
+    assert isinstance(await other.receive(), Hello)
+    await link.send(Bye())
+    assert isinstance(await other.receive(), Bye)
+    assert "ended" in await lost(other.send(Welcome(1)))
+    await peer.aclose()
+    await link.close()
+
+
+async def test_a_slow_link_is_not_a_silent_peer(autojump_clock: object) -> None:
+    link, peer = await pair()
+    # The kernel's queue empties for a long time; then it does not any more.
+    left = [5, 4, 3, 2, 1, 1]
+    waited = len(left) - 1
+    link._unsent = lambda: left.pop(0)  # type: ignore[method-assign]
+    begun = trio.current_time()
+    assert "silent" in await lost(link.expect(Welcome))
+    assert trio.current_time() - begun > (waited - 2) / 2 * SILENCE_SECONDS_MAX
+    await peer.aclose()
+    await link.close()
+
+
+async def test_what_the_kernel_holds_is_counted() -> None:
+    link, peer = await pair()
+    assert link._unsent() == 0
+    await link.send(Hello([1], "replicate", 0))
+    assert link._unsent() > 0
+    await peer.receive_some(1 << 16)
+    assert link._unsent() == 0
+    await peer.aclose()
     await link.close()

@@ -14,7 +14,7 @@ import pytest
 from fusedisk.errors import FuseDiskError, UsageError
 from replicator.files import Buffer, Files
 from replicator.manifest import Manifest, ReplicaDisk, read_manifest
-from replicator.points import PointView
+from replicator.pointview import PointView
 from replicator.replica import Replica, TargetFull
 from replicator.restore import restore
 from replicator.retention import kept, parse_policy
@@ -23,6 +23,13 @@ from replicator.store import Store, list_replicas
 SIZES = [5 * 65536 + 512, 2 * 65536]
 DISKS = [ReplicaDisk(f"disk{n}", size, 4096) for n, size in enumerate(SIZES)]
 REPLICATOR = str(Path(sys.executable).with_name("replicator"))
+
+
+class UndoFiles(Files):
+    """Has no clones, whatever the filesystem of the test has."""
+
+    def can_clone(self, directory: Path, fd: int) -> bool:
+        return False
 
 
 class Model:
@@ -113,7 +120,11 @@ def test_policy_stays_and_a_narrower_one_thins(tmp_path: Path) -> None:
 
 def test_damaged_undo_records_cost_the_points_that_need_them(tmp_path: Path) -> None:
     model = Model(3)
-    with Store(tmp_path, keep="4") as store, Replica.open(store, "vm", "src", DISKS) as replica:
+    files = UndoFiles()
+    with (
+        Store(tmp_path, files, "4") as store,
+        Replica.open(store, "vm", "src", DISKS) as replica,
+    ):
         model.fill(replica)
         while len(list((tmp_path / "vm/.fusedisk").glob("points/*"))) < 3:
             model.step(replica)
@@ -126,7 +137,7 @@ def test_damaged_undo_records_cost_the_points_that_need_them(tmp_path: Path) -> 
         PointView(store.files, tmp_path / "vm", replica.manifest, points[-1].id).close()
 
 
-class Full(Files):
+class Full(UndoFiles):
     """Has no room for so many writes."""
 
     def __init__(self) -> None:
@@ -248,7 +259,8 @@ def test_interrupted_restore_goes_on_and_keeps_holes(tmp_path: Path) -> None:
 
 def test_points_end_with_a_promotion(tmp_path: Path) -> None:
     model = Model(2)
-    with Store(tmp_path, keep="3") as store, Replica.open(store, "vm", "src", DISKS) as replica:
+    files = UndoFiles()
+    with Store(tmp_path, files, "3") as store, Replica.open(store, "vm", "src", DISKS) as replica:
         model.fill(replica)
         model.step(replica)
         replica.promote("token", model.epoch)

@@ -1,6 +1,7 @@
 """A source that cannot be read everywhere: the rest goes on, but nothing is committed yet."""
 
 import errno
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from replicator.compression import Compressor
 from replicator.following import Follower
 from replicator.settings import SenderSettings
 from replicator.source import Source
+from replicator.transport.connecting import connected
 from replicator.transport.settings import Settings
 
 BAD = 9 << 16
@@ -49,9 +51,9 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def follow_a_bad_source(pair: Pair, source: BadSource) -> None:
-    follower = Follower(
-        *(source, "r", parse_address(pair.address), Settings(), SenderSettings(once=True))
-    )
+    address = parse_address(pair.address)
+    connect = functools.partial(connected, address, Settings())
+    follower = Follower(source, "r", address, connect, SenderSettings(once=True))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(follower.run)
         await until(lambda: follower.state == "waiting")

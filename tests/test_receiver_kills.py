@@ -8,24 +8,32 @@ import random
 import signal
 import time
 
+import pytest
 from conftest import wait_for
+from test_clones import MakeFilesystem, filesystem
 from test_replication import CHUNK, SIZES, Pair, guest_write, pair
 
 from replicator.replica import Replica
 from replicator.store import Store
 
-__all__ = ["pair"]
+__all__ = ["filesystem", "pair"]
 KILLS = int(os.environ.get("FUSEDISK_KILLS", "12"))
 
 
-def test_replica_is_a_point_after_every_kill(pair: Pair) -> None:
+@pytest.mark.parametrize("kind", ["undo", "clone"])
+def test_replica_is_a_point_after_every_kill(
+    filesystem: MakeFilesystem, pair: Pair, kind: str
+) -> None:
+    if kind == "clone":
+        pair.store = filesystem("xfs")
     rng = random.Random(7)
     receiver = pair.receive()
     sender = pair.start()
     pair.wait_following(sender)
     held = [image.read_bytes() for image in pair.images]
     earlier = 0
-    for number in range(KILLS):
+    kills = KILLS if kind == "undo" or KILLS > 12 else 6
+    for number in range(kills):
         pair.wait_identical()
         wait_for(lambda: pair.status()["lag"]["chunks"] == 0, "nothing is left to send")
         before, held = held, [bytes([number + 1]) * size for size in SIZES]
@@ -48,4 +56,4 @@ def test_replica_is_a_point_after_every_kill(pair: Pair) -> None:
     pair.wait_identical()
     assert "bytes, because" not in sender.said
     assert sender.popen.poll() is None, sender.said
-    print(f"{KILLS} kills, {earlier} left the point before")
+    print(f"{kills} kills, {earlier} left the point before")

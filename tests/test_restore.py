@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_points import DISKS, Model
+from test_points import DISKS, Model, UndoFiles
 from test_promotion import replicator
 from test_replication import CHUNK, REPLICATOR, SIZES, Pair, guest_write, pair
 from transport_helpers import receive
@@ -77,6 +77,21 @@ def test_a_point_reads_right_in_the_middle_of_applying(tmp_path: Path):
             finally:
                 stop.set()
                 thread.join()
+
+
+def test_a_point_that_is_read_for_long_holds_few_files_of_others(tmp_path: Path):
+    """The undo files of later points come and go; open ones would take their room and our limit."""
+    with Store(tmp_path, UndoFiles(), keep="2") as store:
+        model = Model(14)
+        with Replica.open(store, "vm", "source", DISKS) as replica:
+            model.fill(replica)
+            view = LivePoint(store, "vm")
+            before = len(os.listdir("/proc/self/fd"))
+            for _ in range(60):
+                model.step(replica)
+                check(view, model)
+            assert len(os.listdir("/proc/self/fd")) < before + 25
+            view.close()
 
 
 def test_a_point_that_went_is_not_read(tmp_path: Path):

@@ -17,8 +17,6 @@ LINES_MAX = 450
 LONGER = {
     "tests/test_wire.py": "one table of events, states and refusals",
     "replicator/following.py": "a sender's life, and what is asked of it meanwhile",
-    "replicator/replica.py": "the store's one state machine, with its crash table",
-    "tests/test_crash_survival.py": "one verifying load, whose daemons are killed in every way",
     "tests/test_mount.py": "one table of what a mount does",
     "tests/test_mount_options.py": "one fixture for other users and one for every signal",
 }

@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio
@@ -106,6 +106,7 @@ def test_equal(synced: Verified) -> None:
         "epoch": epoch,
         "differing_bytes": 0,
         "differing_ranges": 0,
+        "repaired_bytes": 0,
         "differing": [],
     }
     result = synced.verify()
@@ -355,7 +356,7 @@ def test_zeros_equal_a_hole(tmp_path: Path) -> None:
         digests = b"".join(xxhash.xxh3_128_digest(c * block, 7) for c in (b"\0", b"y", b"x"))
         data = [Segment(0, 3 * block, False, digests)]
         assert verify.unequal_blocks(fd, data, 7, frozenset())[0] == [(block, 2 * block)]
-        with pytest.raises(OSError, match="ended at"):
+        with pytest.raises(OSError, match="the image ends at byte"):
             verify.unequal_blocks(
                 fd, [Segment(0, block * 3 + 1, False, digests + b"0" * 16)], 7, frozenset()
             )
@@ -386,6 +387,8 @@ class _RacySession:
 
     seed = 1
     committed = 5
+
+    repairs: ClassVar[list[tuple[int, int, int]]] = []
 
     def __init__(self, write: Callable[[], None]) -> None:
         self._write = write

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,11 @@ from typing import Any
 
 BIN = Path(sys.executable).parent
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
+
+
+def clean_up_when_terminated() -> None:
+    """Let SIGTERM take mounts, daemons and files away too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def scratch_parser(description: str) -> argparse.ArgumentParser:
@@ -116,11 +122,16 @@ class Bench:
         found = json.loads(run("replicator", "status", "--json", self.mountpoint))["replicas"]
         return found[0] if found else {}
 
-    def close(self) -> None:
-        """End all that was started."""
-        for process in reversed(self.processes):
+    def end_processes(self) -> None:
+        """End the processes that were started."""
+        while self.processes:
+            process = self.processes.pop()
             process.terminate()
             process.wait()
+
+    def close(self) -> None:
+        """End all that was started."""
+        self.end_processes()
         if self.mountpoint.is_mount():
             run("fusedisk", "unmount", self.mountpoint)
 

@@ -12,9 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import BIN, MIB, Bench, bench, scratch_parser, table, wait_for
+from common import BIN, MIB, Bench, bench, run, scratch_parser, table, wait_for
 
 _WRITE_BYTES = 4096
+_TIMEOUT_SECONDS = 20
+# Writes a second, None for as many as there can be; and whether the cutover may slow them.
+_LOADS: dict[str, tuple[int | None, bool]] = {
+    "unthrottled": (None, False),
+    "unthrottled, --slow-guest": (None, True),
+    "500 writes/s": (500, False),
+}
 
 
 class Guest(threading.Thread):
@@ -65,7 +72,9 @@ def guest(here: Bench, size: int, rate: int | None, seed: int) -> Iterator[Guest
         made.stop()
 
 
-def cut_over(arguments: Any, rate: int | None, seed: int) -> tuple[int, dict[str, Any], float]:
+def cut_over(
+    arguments: Any, rate: int | None, slowly: bool, seed: int
+) -> tuple[int, dict[str, Any], float]:
     """(exit status, the answer, seconds it took) of one cutover of a disk of its own."""
     size = arguments.mib * MIB
     with bench(arguments.scratch) as here:
@@ -74,13 +83,16 @@ def cut_over(arguments: Any, rate: int | None, seed: int) -> tuple[int, dict[str
         here.receive()
         here.spawn("start", "--name", "r", "--rpo", "0.5", here.mountpoint, here.address)
         wait_for(lambda: here.status().get("state") == "following", "the first fill is done")
+        run("replicator", "set", "--bandwidth", arguments.bandwidth, here.mountpoint)
         with guest(here, size, rate, seed):
             time.sleep(1)
             begun = time.monotonic()
             result = subprocess.run(
                 [
                     *(BIN / "replicator", "cutover", "--json", "--max-downtime"),
-                    *(str(arguments.max_downtime), here.mountpoint),
+                    *(str(arguments.max_downtime), "--timeout", str(_TIMEOUT_SECONDS)),
+                    *(["--slow-guest"] if slowly else []),
+                    here.mountpoint,
                 ],
                 capture_output=True,
                 text=True,
@@ -95,13 +107,17 @@ def cut_over(arguments: Any, rate: int | None, seed: int) -> tuple[int, dict[str
 def main() -> None:
     """Measure and print; fails where a downtime was longer than the bound."""
     parser = scratch_parser(__doc__ or "")
-    parser.add_argument("--runs", type=int, default=10, help="for each load")
-    parser.add_argument("--mib", type=int, default=256, help="size of the disk")
+    parser.add_argument("--runs", type=int, default=5, help="for each load")
+    parser.add_argument("--bandwidth", default="none", metavar="RATE", help="of the link")
+    parser.add_argument("--load", choices=list(_LOADS), help="only this one")
+    parser.add_argument("--mib", type=int, default=128, help="size of the disk")
     parser.add_argument("--max-downtime", type=int, default=1000, metavar="MS")
     arguments = parser.parse_args()
     rows, late = [], 0
-    for load, rate in (("unthrottled", None), ("500 writes/s", 500)):
-        answers = [cut_over(arguments, rate, seed) for seed in range(arguments.runs)]
+    for load, (rate, slowly) in _LOADS.items():
+        if arguments.load not in (None, load):
+            continue
+        answers = [cut_over(arguments, rate, slowly, seed) for seed in range(arguments.runs)]
         done = [(answer, seconds) for code, answer, seconds in answers if code == 0]
         real = sorted(answer["downtime_ms"] for answer, _ in done)
         predicted = sorted(answer["predicted_ms"] for answer, _ in done)

@@ -3,17 +3,15 @@
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import MIB
+from common import MIB, clean_up_when_terminated
 from systems import SYSTEMS, need
 
 
@@ -34,8 +32,7 @@ def served(
     So those compared run seconds apart and meet the same disturbances.
     """
     need("fio", "qemu-storage-daemon", "gcc")
-    # A terminated benchmark takes its mounts and daemons away too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    clean_up_when_terminated()
     with (
         tempfile.TemporaryDirectory(prefix="fusedisk-bench-", dir=scratch) as made,
         contextlib.ExitStack() as systems,

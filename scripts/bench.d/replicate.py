@@ -1,27 +1,23 @@
-"""First fill over loopback TCP, beside a QEMU mirror, nbdcopy and cp, in one run.
+"""First fill over loopback TCP, beside a QEMU mirror, nbdcopy, rsync and cp, in one run.
 
 Every system copies the same image, half of it random data, to a new file on the same filesystem,
 in turn, several rounds. What is counted is the copying alone, not the start of the programs. Ours
 hashes at both ends and syncs the replica before it commits; none of the others does either.
 """
 
-import contextlib
-import json
 import os
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from common import BIN, GIB, MIB, run, scratch_parser, table, wait_for
+from common import BIN, GIB, MIB, clean_up_when_terminated, run, scratch_parser, table, wait_for
+from processes import Qmp, cpu_seconds, free_port, listens, running, wait_said
 
 _PIECE_BYTES = 4 * MIB
-_TICKS = os.sysconf("SC_CLK_TCK")
+_REAPED_SECONDS = 0.2
 
 
 def make_image(path: Path, size: int) -> None:
@@ -31,81 +27,6 @@ def make_image(path: Path, size: int) -> None:
         for offset in range(0, size, 2 * _PIECE_BYTES):
             os.pwrite(file.fileno(), os.urandom(_PIECE_BYTES), offset)
         os.fsync(file.fileno())
-
-
-def cpu_seconds(*pids: int) -> float:
-    """User and system time of processes that live."""
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / _TICKS
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def running(*words: str | Path, log: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that is ended with the block."""
-    with log.open("w") as said:
-        process = subprocess.Popen(
-            [str(word) for word in words],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            text=True,
-        )
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
-def wait_said(log: Path, text: str, process: subprocess.Popen[str]) -> None:
-    """Wait for a line in a log, looking often enough to take the time by it."""
-    while text not in log.read_text():
-        if process.poll() is not None:
-            raise SystemExit(log.read_text())
-        time.sleep(0.002)
-
-
-class Qmp:
-    """A QMP monitor on a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        wait_for(path.exists, "the monitor is there")
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
-        self._file = self._socket.makefile("rw")
-        self._file.readline()
-        self.call("qmp_capabilities")
-
-    def call(self, command: str, **arguments: Any) -> Any:
-        """Run a command. Raises SystemExit where it fails."""
-        self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._file.flush()
-        while True:
-            answer = json.loads(self._file.readline())
-            if "error" in answer:
-                raise SystemExit(f"{command}: {answer['error']}")
-            if "return" in answer:
-                return answer["return"]
-
-    def wait_event(self, name: str) -> None:
-        """Wait until an event comes."""
-        while json.loads(self._file.readline()).get("event") != name:
-            pass
-
-    def close(self) -> None:
-        """Hang up."""
-        self._socket.close()
 
 
 class Copies:
@@ -159,7 +80,7 @@ class Copies:
             log=self.folder / "mirror.log",
         )
         with export as target, mirror as source:
-            wait_for(lambda: _listens(port), "the export is there")
+            wait_for(lambda: listens(port), "the export is there")
             qmp = Qmp(monitor)
             server = {"type": "inet", "host": "127.0.0.1", "port": str(port)}
             qmp.call("blockdev-add", driver="nbd", server=server, export="t", **{"node-name": "n"})
@@ -181,12 +102,35 @@ class Copies:
         self._new_target()
         serve = ("nbdkit", "-f", "-i", "127.0.0.1", "-p", str(port), "file", self.target)
         with running(*serve, log=self.folder / "nbdkit.log") as server:
-            wait_for(lambda: _listens(port), "nbdkit is there")
+            wait_for(lambda: listens(port), "nbdkit is there")
             cpu = cpu_seconds(server.pid)
             seconds, used = _timed(
                 "nbdcopy", "--destination-is-zero", self.image, f"nbd://127.0.0.1:{port}"
             )
             return seconds, used + cpu_seconds(server.pid) - cpu
+
+    def rsync(self) -> tuple[float, float]:
+        """To an rsync daemon, the whole file, holes left out where it is written."""
+        port = free_port()
+        config, pid_file = self.folder / "rsyncd.conf", self.folder / "rsyncd.pid"
+        config.write_text(
+            f"address = 127.0.0.1\nport = {port}\nuse chroot = no\npid file = {pid_file}\n"
+            f"[bench]\npath = {self.folder}\nread only = no\nuid = {os.getuid()}\n"
+            f"gid = {os.getgid()}\n"
+        )
+        serve = ("rsync", "--daemon", "--no-detach", f"--config={config}")
+        with running(*serve, log=self.folder / "rsyncd.log") as server:
+            wait_for(lambda: listens(port), "rsync is there")
+            cpu = cpu_seconds(server.pid)
+            seconds, used = _timed(
+                *("rsync", "--sparse", "--whole-file", self.image),
+                f"rsync://127.0.0.1:{port}/bench/{self.target.name}",
+            )
+            # What its child used is known once that has been waited for.
+            time.sleep(_REAPED_SECONDS)
+            used += cpu_seconds(server.pid) - cpu
+        pid_file.unlink(missing_ok=True)
+        return seconds, used
 
     def cp(self) -> tuple[float, float]:
         """A local copy, as a bound."""
@@ -195,11 +139,6 @@ class Copies:
     def _new_target(self) -> None:
         with self.target.open("wb") as file:
             file.truncate(self.size)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _timed(*words: str | Path) -> tuple[float, float]:
@@ -219,6 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="one of the systems, by the first word of its row")
     arguments = parser.parse_args()
+    clean_up_when_terminated()
     size = arguments.gib * GIB
     folder = Path(arguments.scratch) / f"fusedisk-bench-{os.getpid()}"
     folder.mkdir()
@@ -229,6 +169,7 @@ def main() -> None:
             "fusedisk (xxh3 at both ends, fsync)": (here.fusedisk, "replicator"),
             "QEMU blockdev-mirror to NBD": (here.qemu, "qemu-storage-daemon"),
             "nbdcopy to nbdkit": (here.nbdcopy, "nbdcopy"),
+            "rsync --sparse to its daemon": (here.rsync, "rsync"),
             "cp --sparse=always (no network)": (here.cp, "cp"),
         }
         if arguments.only:
@@ -260,7 +201,7 @@ def main() -> None:
         used = statistics.median(c for _, c in found)
         rows.append([name, f"{seconds:.2f}", f"{gib / seconds:.2f}", f"{used / gib:.2f}"])
     rows += [[name, "not installed", "-", "-"] for name in missing]
-    table([f"{gib:.0f} GiB of data in {2 * gib:.0f}", "seconds", "GiB/s", "CPU s per GiB"], rows)
+    table([f"{gib:g} GiB of data in {2 * gib:g}", "seconds", "GiB/s", "CPU s per GiB"], rows)
 
 
 if __name__ == "__main__":
