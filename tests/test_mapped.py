@@ -91,4 +91,5 @@ def test_page_tables_are_given_back(fuse: Callable[..., Mount], tmp_path: Path):
     before = server_memory(mount, "VmPTE")
     for offset in range(0, size, 2 * MIB):
         assert read_direct(mount.disk(), 4096, offset)[:8] == offset.to_bytes(8, "little")
-    wait_for(lambda: server_memory(mount, "VmPTE") < before + (8 << 20), "they are given back")
+    # Read in all were 40 MiB of them. What came after they were given back, at 32 MiB, stays.
+    wait_for(lambda: server_memory(mount, "VmPTE") < before + (16 << 20), "they are given back")
