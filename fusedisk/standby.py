@@ -7,10 +7,12 @@ then sends only that.
 While it stands by the gate is closed. A write that comes asks: if the replica's manifest says
 *promoted* by now, the mount becomes one that was born from that promotion (fusedisk.lineage), which
 mount.json says durably before the gate opens; if not, the write is refused, not held, since it
-would land in the guest's disk later. A crash before that record leaves a mount that stood by
-and wrote nothing; the next mount finds the promotion by itself.
+would land in the guest's disk later. While a promotion cannot be noted, for want of room perhaps,
+writes are held: a guest that goes on here sees a pause, not an error. A crash before that record
+leaves a mount that stood by and wrote nothing; the next mount finds the promotion by itself.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ from fusedisk.image import Image
 from fusedisk.lineage import promotion
 from fusedisk.state import MountRecord, sync_directory, write_durably
 
+log = logging.getLogger("fusedisk.standby")
+
 
 class GateKeeper:
     """Who may open the gate of one mount; asked from the data path and now and then."""
@@ -38,6 +42,7 @@ class GateKeeper:
             for disk, fd in zip(record.disks, fds, strict=True)
         ]
         self._lock = threading.Lock()
+        self._trouble = ""
 
     @property
     def standing_by(self) -> bool:
@@ -52,16 +57,25 @@ class GateKeeper:
                 release_if_abandoned(self._state, self._control, paths)
                 return False
             try:
-                self._end_if_promoted()
+                promoted, base = promotion(self._images)
             except (OSError, FuseDiskError):
                 # Asked again with the next write.
                 return True
-            return self._record.standby
+            if promoted:
+                self._try_to_end(base)
+            return not promoted
 
-    def _end_if_promoted(self) -> None:
-        promoted, base = promotion(self._images)
-        if not promoted:
-            return
+    def _try_to_end(self, base: str | None) -> None:
+        try:
+            self._end(base)
+            self._trouble = ""
+        except OSError as error:
+            # Asked again soon, and said once.
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.error("promoted, but writes are held until that can be noted: %s", error)
+
+    def _end(self, base: str | None) -> None:
         # Invariant: the promotion that writes rely on is durable; it was renamed into place.
         sync_directory(self._images[0].path.parent / ".fusedisk")
         # A cutover away from here may begin with that record, but not before the gate was opened.

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,33 @@ def test_it_is_read_at_once_and_written_once_promoted(pair: Pair, standing: Moun
     standing.unmount()
     standing.mount()
     assert standing.changed() == [1, 0]
+
+
+def test_a_promotion_that_cannot_be_noted_yet_is_a_pause(pair: Pair, standing: Mount) -> None:
+    """The guest may have arrived already: an error of its disk would be worse than waiting."""
+    in_the_way = standing.state / "mount.json.new"
+    in_the_way.mkdir()
+    moved = replicator("cutover", "--max-downtime", "20000", pair.mount.mountpoint)
+    assert moved.returncode == 0, moved.stderr
+    failures: list[OSError] = []
+
+    def write() -> None:
+        try:
+            guest_write(standing.disk(0), b"the guest goes on", 3 * CHUNK)
+        except OSError as error:
+            failures.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    log = standing.state / "server.log"
+    wait_for(lambda: "writes are held until" in log.read_text(), "the log says so")
+    writer.join(0.5)
+    assert writer.is_alive() and standing.status()["standby"]
+    in_the_way.rmdir()
+    writer.join(20)
+    assert not writer.is_alive() and failures == []
+    assert not standing.status()["standby"]
+    assert standing.disk(0).read_bytes()[3 * CHUNK :].startswith(b"the guest goes on")
 
 
 def test_the_end_of_the_standby_is_found_after_any_crash(pair: Pair, standing: Mount) -> None:
