@@ -101,8 +101,9 @@ def read_fences(images: Iterable[Path]) -> list[FenceRecord | None]:
     """The record beside each image. Raises FuseDiskError for a damaged one."""
     found: list[FenceRecord | None] = []
     for image in images:
-        path = fence_path(image)
+        path = image
         try:
+            path = fence_path(image)
             found.append(msgspec.json.decode(path.read_bytes(), type=FenceRecord))
         except FileNotFoundError:
             found.append(None)
@@ -119,6 +120,14 @@ def read_fence(images: Iterable[Path]) -> FenceRecord | None:
     fenced = [record for record in records if record.state == "fenced"]
     found = fenced or records
     return found[-1] if found else None
+
+
+def on_record(images: Iterable[Path]) -> bool:
+    """Whether a promotion was begun; a record that cannot be read is a record."""
+    try:
+        return read_fence(images) is not None
+    except FuseDiskError:
+        return True
 
 
 def clear_fence(images: Iterable[Path]) -> None:

@@ -139,6 +139,8 @@ def mount(
             standby=not promoted,
             cache=options.cache,
         )
+        # Invariant: the control file of this mount is published by now. A cutover that records
+        # *committing* later looks at it before it asks for the promotion (replicator.handover).
         if not promoted:
             close_gate(state)
         elif read_fence(image.path for image in opened) is not None:

@@ -17,7 +17,7 @@ import trio
 from msgspec import Meta
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.fencing import FenceRecord
+from fusedisk.fencing import FenceRecord, on_record
 from fusedisk.gate import open_gate, take_lease
 from fusedisk.slowing import RATE_MAX
 from fusedisk.units import format_size
@@ -78,10 +78,12 @@ class Cutover:
         """``record`` is the one to write, save its epoch."""
         self._source, self._session, self._link = source, session, link
         self._record, self._options, self._ask_outcome = record, options, ask_outcome
-        self._proof = Proof(source, options.verify)
+        assert session.committed is not None
+        self._proof = Proof(source, options.verify, session.committed)
         self._estimate = Estimate()
         self._predicted_ms: float | None = None
         self._guest = Guest()
+        self._images = [Path(disk.path) for disk in source.record.disks]
         self._slowing: Slowing | None = None
         self.phase = "converging"
         self.progress: Progress | None = None
@@ -131,7 +133,9 @@ class Cutover:
         except BaseException:
             if begun and options.on_rollback is not None:
                 with trio.CancelScope(shield=True):
-                    await self._hook_noted("--on-rollback", options.on_rollback, "rolled-back")
+                    # Invariant: as for a guest of QEMU, with a record the guest does not go on.
+                    if not await trio.to_thread.run_sync(on_record, self._images):
+                        await self._hook_noted("--on-rollback", options.on_rollback, "rolled-back")
             raise
 
     @asynccontextmanager
@@ -234,9 +238,8 @@ class Cutover:
             await trio.to_thread.run_sync(os.fsync, fd)
 
     def _held_guest(self) -> AbstractAsyncContextManager[Guest]:
-        images = [Path(disk.path) for disk in self._source.record.disks]
         log_path = self._source.state / "replicas" / f"{self._record.replica}.guest.log"
-        return held_guest(self._options.qmp, self._options.migrate_to, images, log_path)
+        return held_guest(self._options.qmp, self._options.migrate_to, self._images, log_path)
 
     async def _pause(self) -> None:
         """Until the guest stands still; what it writes while its memory moves is sent meanwhile."""
@@ -249,6 +252,11 @@ class Cutover:
             raise NotConverged(
                 f"the guest was not paused within {options.timeout_seconds:g} s; it goes on at the "
                 "source, try again with a longer --timeout or --max-downtime"
+            )
+        # The guest ran on while its memory moved: what it wrote last may not fit any more.
+        if options.migrate_to is not None and not await self._fits():
+            raise NotConverged(
+                f"{self._shortfall()} once the memory has moved; the guest goes on at the source"
             )
 
     async def _switch(self) -> dict[str, Any]:
@@ -286,25 +294,32 @@ class Cutover:
             record = msgspec.structs.replace(self._record, epoch=self._session.committed)
             # From here on nothing may cut the steps short: the outcome has to be found out.
             with trio.CancelScope(shield=True):
-                await hand_over(self._source, self._link, record, self._ask_outcome, deadline)
+                unrecorded = await hand_over(
+                    self._source, self._link, record, self._ask_outcome, deadline
+                )
             mark("promote")
         self._predicted_ms = predicted_ms
-        lost: FuseDiskError | None = None
+        troubles: list[str] = []
+        if unrecorded is not None:
+            troubles.append(
+                f"the source could not record it ({unrecorded}) and refuses writes all the same: "
+                "mend that, then run 'replicator resolve'"
+            )
         if self._options.migrate_to is not None:
             with trio.CancelScope(shield=True):
                 try:
                     await self._guest.switch()
                 except FuseDiskError as error:
-                    lost = error
+                    troubles.append(
+                        f"the guest did not go on from it: {error}; start it anew at the target, "
+                        "from the replica's disks"
+                    )
             mark("memory")
         result = self._result("promoted", sum(phases.values()), phases)
         result["memory"] = self._guest.memory
-        if lost is not None:
-            result["exit_code"] = lost.exit_code
-            result["error"] = (
-                f"the replica is the disk now, but the guest did not go on from it: {lost}; "
-                "start it anew at the target, from the replica's disks"
-            )
+        if troubles:
+            result["exit_code"] = FuseDiskError.exit_code
+            result["error"] = f"the replica is the disk now, but {'; and '.join(troubles)}"
         return result
 
     def _result(
@@ -327,11 +342,14 @@ class Cutover:
         except BlockingIOError:
             raise FuseDiskError("another cutover of this mount is under way") from None
         try:
-            self._source.control.set_gate(True)
-            yield
+            # Once more: a cutover to another replica may have come first since this one began.
+            require_settled(self._source)
+            try:
+                self._source.control.set_gate(True)
+                yield
+            finally:
+                open_gate(self._source.control, self._images)
         finally:
-            images = [Path(disk.path) for disk in self._source.record.disks]
-            open_gate(self._source.control, images)
             os.close(lease)
 
     async def _hook(

@@ -143,7 +143,7 @@ class Follower:
 
     async def _watch_mount(self, scope: trio.CancelScope) -> None:
         # A cutover finds out by itself: it has an answer to give.
-        while self._source.mounted or self.state == "cutover":
+        while self._source.mounted or self._attempt is not None:
             await trio.sleep(_MOUNT_POLL_SECONDS)
         self._unmounted = True
         scope.cancel()
@@ -235,7 +235,7 @@ class Follower:
         session.on_phase = self._set_state
         session.on_unread = self._note_unread
         session.held = lambda: self._hold(session)
-        session.frozen = lambda: self._freezer.frozen(skip=self.state == "cutover")
+        session.frozen = lambda: self._freezer.frozen(skip=self._attempt is not None)
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.listen)
@@ -392,14 +392,15 @@ class Follower:
             outcome: Outcome | None = None
             with trio.move_on_after(options.timeout_seconds):
                 outcome = await answers.receive()
-            if outcome is None and self.state in ("cutover", "promoted"):
-                # It has begun and keeps its own bounds; leaving now would lose the answer.
-                outcome = await answers.receive()
             if outcome is None:
-                raise NotConverged(
-                    f"the replica is still {self.state} after {options.timeout_seconds:g} s; "
-                    "the guest goes on at the source"
-                )
+                # Invariant: what has begun keeps its own bounds, whatever the state says meanwhile,
+                # and nobody is told how it ended before it has.
+                if self._attempt is None and not answers.statistics().current_buffer_used:
+                    raise NotConverged(
+                        f"the replica is still {self.state} after {options.timeout_seconds:g} s; "
+                        "the guest goes on at the source"
+                    )
+                outcome = await answers.receive()
         finally:
             self._cutover = None
         if isinstance(outcome, FuseDiskError):
@@ -437,6 +438,7 @@ class Follower:
         self._set_state("promoted")
         answer.send_nowait(result)
         await trio.sleep(0.5)
+        self._attempt = None
 
     def _note_commit(self, session: Session) -> None:
         if session.closed_at is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from fusedisk.errors import FuseDiskError, UsageError
-from fusedisk.fencing import read_fence
+from fusedisk.fencing import on_record
 from replicator.attendant import Attendant, AttendantDied
 
 _CONNECT_SECONDS_MAX = 15.0
@@ -212,7 +212,7 @@ async def held_guest(
 async def _roll_back(guest: Guest, images: list[Path], cause: BaseException) -> None:
     # Invariant: with *committing* or *fenced* on record the other side may be the disk, and a guest
     # that goes on there must not go on here.
-    if read_fence(images) is not None:
+    if on_record(images):
         return
     try:
         await guest.resume()

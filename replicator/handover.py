@@ -12,6 +12,10 @@ Invariants, each of which the model in tests/cutover_model.py shows to be needed
 - PROMOTE is sent only after *committing* is durable beside every image.
 - *committing* is removed only where PROMOTE was not sent, or by the target's durable *aborted*.
 - The fence is up before the gate opens, whenever the target may have promoted.
+- PROMOTE is sent only if this very mount is there still once *committing* is durable. A mount
+  publishes its control file before it looks for a record (fusedisk.mounting), so one that takes the
+  place of ours finds *committing*, or is found. Gate and fence in the mapping of a mount that is
+  gone hold nobody's writes.
 """
 
 import logging
@@ -25,7 +29,7 @@ import trio
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import FenceRecord, clear_fence, read_fence, record_fence
-from fusedisk.gate import take_lease
+from fusedisk.gate import open_gate, take_lease
 from replicator.link import Link, LinkLost, raise_failed
 from replicator.messages import (
     Aborted,
@@ -93,26 +97,33 @@ async def hand_over(
     record: FenceRecord,
     ask_outcome: AskOutcome,
     deadline: float,
-) -> None:
+) -> str | None:
     """Promote the target and fence the source; the gate is closed, the record says *committing*.
 
-    Until PROMOTE is sent ``deadline`` holds. Raises NotConverged or FuseDiskError where the guest
-    may go on, OutcomeUnknown where it may not. To be called where nothing can cancel it.
+    Returns what went wrong with the record *fenced* of a target that is promoted. Until PROMOTE is
+    sent ``deadline`` holds. Raises NotConverged or FuseDiskError where the guest may go on,
+    OutcomeUnknown where it may not. To be called where nothing can cancel it.
     """
     images = [Path(disk.path) for disk in source.record.disks]
     try:
         await trio.to_thread.run_sync(record_fence, images, record)
     except OSError as error:
         # Nothing was said to the target, so the outcome is known.
-        await trio.to_thread.run_sync(clear_fence, images)
+        await _take_back(source, images)
         raise FuseDiskError(
             f"cannot record the cutover beside the images: {error}; the guest goes on at the source"
         ) from None
     if trio.current_time() > deadline:
-        await trio.to_thread.run_sync(clear_fence, images)
+        await _take_back(source, images)
         raise NotConverged(
             "the last epoch took longer than --max-downtime; the guest goes on at the source, "
             "try again or allow more"
+        )
+    if not source.mounted:
+        await _take_back(source, images)
+        raise FuseDiskError(
+            "the disks were unmounted during the cutover, and nothing was promoted; if they are "
+            "mounted again and refuse writes, run 'replicator resolve'; then start again"
         )
     try:
         with trio.fail_after(_ANSWER_SECONDS_MAX):
@@ -121,7 +132,7 @@ async def hand_over(
     except _NO_ANSWER as error:
         outcome = await _ask_again(source, record, ask_outcome, error)
         if outcome != "promoted":
-            await trio.to_thread.run_sync(settle, source, images, record, outcome)
+            await _take_back(source, images)
             raise FuseDiskError(
                 f"the target did not promote ({error or 'no answer'}) and never will under this "
                 "cutover; the guest goes on at the source"
@@ -130,7 +141,25 @@ async def hand_over(
         await trio.to_thread.run_sync(settle, source, images, record, "promoted")
     except OSError as error:
         # *committing* refuses writes as well, and resolve turns it into *fenced*.
-        log.error("cannot record the fence: %s; run 'replicator resolve'", error)
+        log.error("cannot record the fence: %s", error)
+        return str(error)
+    return None
+
+
+async def _take_back(source: Source, images: list[Path]) -> None:
+    """Remove *committing*, where the target never promotes under it.
+
+    Raises OutcomeUnknown where that fails: a record that is left refuses writes, here and after
+    every mount, so nobody may be told that the guest goes on.
+    """
+    try:
+        await trio.to_thread.run_sync(clear_fence, images)
+    except OSError as error:
+        source.control.set_fence(True)
+        raise OutcomeUnknown(
+            f"nothing was promoted, but the record of it cannot be removed: {error}; writes are "
+            "refused until 'replicator resolve' has removed it"
+        ) from None
 
 
 async def _ask_again(
@@ -209,7 +238,11 @@ def settling(source: Source) -> Iterator[FenceRecord | None]:
             "a cutover of this mount is under way; wait until it has ended, then try again"
         ) from None
     try:
-        record = read_fence(Path(disk.path) for disk in source.record.disks)
+        images = [Path(disk.path) for disk in source.record.disks]
+        if source.control.gated:
+            # Whoever closed it is dead, and its guest's writes must not wait for what we settle.
+            open_gate(source.control, images)
+        record = read_fence(images)
         if record is None and source.control.fenced:
             # Whoever removed the record for good was killed before lowering the fence.
             source.control.set_fence(False)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedisk.errors import FuseDiskError
+from fusedisk.fencing import read_fence
 from replicator.qmp import GuestError, Monitor
 
 # States in which QEMU may hand the guest over by itself, so that it has to be stopped from it.
@@ -120,7 +121,7 @@ async def go_on_here(monitor: Monitor, *, run: bool) -> None:
         await monitor.execute("cont")
 
 
-async def conclude(path: Path, *, promoted: bool) -> None:
+async def conclude(path: Path, images: list[Path]) -> None:
     """Bring a guest that a cutover left paused to where its disks are. Raises FuseDiskError.
 
     One whose memory was not moving stays paused where the replica was promoted.
@@ -128,7 +129,8 @@ async def conclude(path: Path, *, promoted: bool) -> None:
     monitor = Monitor(path)
     await monitor.connect()
     try:
-        if not promoted:
+        # Only now: another may have had the monitor until a moment ago, for a promotion.
+        if read_fence(images) is None:
             await go_on_here(monitor, run=True)
         elif (await monitor.execute("query-migrate")).get("status") == "pre-switchover":
             await go_on_there(monitor)

@@ -5,7 +5,8 @@ as it was read from both images. Each step compares the chunks with newer marks 
 that inside the downtime only what the last pass sent is left. By induction the whole disk is equal:
 
 - ``full`` begins with a comparison of everything;
-- ``last`` trusts what earlier passes stored, whose transfers were checked by their digests.
+- ``last`` trusts what was committed before the cutover began, whose transfers were checked by their
+  digests.
 """
 
 from collections import deque
@@ -48,13 +49,14 @@ class Differs(FuseDiskError):
 class Proof:
     """The comparison of one cutover; see the module."""
 
-    def __init__(self, source: Source, level: Level) -> None:
+    def __init__(self, source: Source, level: Level, committed: int) -> None:
+        """``committed``: what the target has as the cutover begins."""
         self._source, self.level = source, level
-        self.verified: int | None = None
+        self.verified = committed
 
     async def everything(self, session: Session, progress: Progress) -> None:
         """Compare all disks while the guest runs, with passes in between. Raises Differs."""
-        since = session.committed
+        since = self.verified
         verification = Verification(self._source, VerifyOptions(), progress)
         while not verification.ended:
             until = trio.current_time() + _BETWEEN_PASSES_SECONDS
@@ -71,10 +73,9 @@ class Proof:
         epoch = session.committed
         assert epoch is not None
         findings = Findings()
-        if self.verified is not None:
-            for disk in range(len(self._source.fds)):
-                await self._compare_disk(session, disk, self.verified, epoch, findings)
-            _require_equal(findings)
+        for disk in range(len(self._source.fds)):
+            await self._compare_disk(session, disk, self.verified, epoch, findings)
+        _require_equal(findings)
         self.verified = epoch
 
     async def _compare_disk(

@@ -6,6 +6,7 @@ where the target gives no answer.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from replicator.address import parse_address
 from replicator.handover import OutcomeUnknown, resolve_with_token, settle, settling
 from replicator.link import Link, LinkLost, Refused
 from replicator.messages import RemoteProtocolError
+from replicator.migration import conclude
 from replicator.running import run_trio
 from replicator.source import Source
 from replicator.store import Store
@@ -34,9 +36,12 @@ _NO_ANSWER = (
 
 
 def resolve_at_source(
-    mountpoint: Path, name: str | None, assume: Side | None, settings: Settings
+    mountpoint: Path, name: str | None, assume: Side | None, settings: Settings, qmp: Path | None
 ) -> None:
-    """Settle at the source, and say how. Raises FuseDiskError, OutcomeUnknown."""
+    """Settle at the source, and say how; with a monitor its guest goes on where the disk is.
+
+    Raises FuseDiskError, OutcomeUnknown.
+    """
     source = Source(mountpoint)
     images = [Path(disk.path) for disk in source.record.disks]
     with settling(source) as record:
@@ -44,6 +49,9 @@ def resolve_at_source(
             _look_for_promotion(source, images, name, assume, settings)
         else:
             _settle_cutover(source, images, record, name, assume, settings)
+        if qmp is not None:
+            # Invariant: with the lease still held no cutover promotes what is the disk here.
+            asyncio.run(conclude(qmp, images))
 
 
 def _settle_cutover(

@@ -9,8 +9,10 @@ resolver   ``replicator resolve``: takes the lease, asks, settles image by image
 server     opens or fences a gate whose holder died
 target     promotes, or voids a token; each is durable before it is answered
 network    any message may be lost, or delivered at any later moment, in any order
-crashes    of sender, resolver, target and the source's host, between any two steps; remounts
-operator   ``promote --force`` at the target, while the source is down with an unknown outcome
+crashes    of sender, resolver, target and the source's host, between any two steps
+operator   mounts anew, also while sender and resolver live, which then have the control file of a
+           mount that is gone: their gate and their fence hold nobody's writes
+           ``promote --force`` at the target, while the source is down with an unknown outcome
 
 There are two attempts, each with a token of its own. What is durable is so at once: that the files
 are synced before the step counts as done is for fusedisk.state and tests/store_simulation.py. A
@@ -28,7 +30,7 @@ Checked in every reachable state:
 - resolve settles: where nothing holds the lease, running it to its end, undisturbed, leaves exactly
   one side writable
 
-With no mutation all hold in all of the 4756 states. Each of `MUTATIONS` leaves out one thing that
+With no mutation all hold in all of the 9934 states. Each of `MUTATIONS` leaves out one thing that
 the code does, and breaks one of them, which shows that the model can tell.
 """
 
@@ -52,6 +54,8 @@ MUTATIONS = (
     "resolve without the lease",
     "another promotion is answered with aborted",
     "resolve leaves a fence without a record",
+    "the mount is not looked at before promote",
+    "a mount looks for a record first",
 )
 
 
@@ -65,12 +69,16 @@ class Process(NamedTuple):
     at: str = "off"
     token: int = 0
     done: int = 0
+    stale: bool = False
+    """Whether the mount that it knows is gone."""
 
 
 class State(NamedTuple):
     """Everything, in memory and on disk."""
 
     mounted: bool = True
+    mounting: str = ""
+    """What a mount that takes the place of another has come to."""
     gate: bool = False
     fence: bool = False
     records: tuple[tuple[str, int], ...] = (("none", 0),) * IMAGES
@@ -126,13 +134,12 @@ class Model:
     # --- the source ----------------------------------------------------------------------------
 
     def _sender(self, s: State) -> Iterator[Step]:
-        if not s.mounted:
-            return
         p = s.sender
         match p.at:
             case "off":
                 if (
-                    s.attempts < ATTEMPTS
+                    s.mounted
+                    and s.attempts < ATTEMPTS
                     and not s.lease
                     and not s.gate
                     # A promoted replica refuses the last pass.
@@ -151,6 +158,10 @@ class Model:
                 yield from self._per_image(s, "sender", "committing", "recorded")
             case "recorded":
                 yield "the bound is exceeded", self._at(s, "sender", "taking back")
+                gone = p.stale and not self._is("the mount is not looked at before promote")
+                after = "taking back" if gone else "sending"
+                yield "the sender looks at the mount", self._at(s, "sender", after)
+            case "sending":
                 sent = say(self._at(s, "sender", "waiting"), "promote", p.token)
                 yield "the sender sends PROMOTE", sent
             case "waiting":
@@ -161,16 +172,15 @@ class Model:
                 yield from self._per_image(s, "sender", "none", "done")
             case "asking":
                 yield "the sender asks", say(s, "resolve", p.token)
-                gone = s._replace(fence=True)
-                yield "the sender gives up", self._open_gate(gone)
+                yield "the sender gives up", self._open_gate(self._with_fence(s, "sender", True))
                 yield from self._answers(s, "sender")
             case _:
                 yield from self._settling(s, "sender")
 
     def _resolver(self, s: State) -> Iterator[Step]:
-        if not s.mounted:
-            return
         if s.resolver.at == "off":
+            if not s.mounted:
+                return
             if s.lease and not self._is("resolve without the lease"):
                 return
             kind, token = record_of(s)
@@ -205,14 +215,15 @@ class Model:
                     return
                 yield (
                     f"the {who} raises the fence",
-                    self._at(s._replace(fence=True), who, "recording fenced"),
+                    self._at(self._with_fence(s, who, True), who, "recording fenced"),
                 )
             case "recording fenced":
                 yield from self._per_image(s, who, "fenced", "done")
             case "clearing":
                 yield from self._per_image(s, who, "none", "lowering")
             case "lowering":
-                yield f"the {who} lowers the fence", self._at(s._replace(fence=False), who, "done")
+                lowered = self._with_fence(s, who, False)
+                yield f"the {who} lowers the fence", self._at(lowered, who, "done")
             case "done":
                 if who == "sender":
                     yield "the sender opens the gate", self._open_gate(s)
@@ -238,14 +249,18 @@ class Model:
         return s.sender if who == "sender" else s.resolver
 
     def _at(self, s: State, who: str, at: str) -> State:
-        return s._replace(**{who: Process(at, self._process(s, who).token)})
+        p = self._process(s, who)
+        return s._replace(**{who: Process(at, p.token, stale=p.stale)})
+
+    def _with_fence(self, s: State, who: str, fence: bool) -> State:
+        return s if self._process(s, who).stale else s._replace(fence=fence)
 
     def _end(self, s: State, who: str) -> State:
         lease = "" if s.lease == who else s.lease
         return s._replace(**{who: Process()}, lease=lease)
 
     def _open_gate(self, s: State) -> State:
-        return self._end(s._replace(gate=False), "sender")
+        return self._end(s if s.sender.stale else s._replace(gate=False), "sender")
 
     # --- the target, and what goes wrong -------------------------------------------------------
 
@@ -261,7 +276,7 @@ class Model:
                     yield "the target promotes", say(done, "promoted", token)
             elif kind == "resolve":
                 yield "the target is asked", self._asked(heard, token)
-        gone = not s.mounted and not s.network
+        gone = not s.mounted and not s.mounting and not s.network
         if gone and s.promoted is None and record_of(s)[0] == "committing":
             yield "the operator promotes by force", s._replace(promoted=FORCED, session=None)
 
@@ -287,8 +302,9 @@ class Model:
             yield "resolve is killed", self._end(s, "resolver")
         if s.session is not None:
             yield "the target is killed", s._replace(session=None)
-        if s.mounted:
-            lost = s._replace(mounted=False, gate=False, fence=False, lease="")
+        yield from self._remount(s)
+        if s.mounted or s.mounting:
+            lost = s._replace(mounted=False, mounting="", gate=False, fence=False, lease="")
             lost = lost._replace(sender=Process(), resolver=Process())
             if self._is("committing is not synced"):
                 kept = tuple(("none", 0) if r[0] == "committing" else r for r in s.records)
@@ -297,6 +313,30 @@ class Model:
         else:
             fence = record_of(s)[0] != "none" and not self._is("a mount ignores the record")
             yield "it is mounted again", s._replace(mounted=True, fence=fence)
+
+    def _remount(self, s: State) -> Iterator[Step]:
+        """Unmounted and mounted again while whoever used the mount lives; `fusedisk.mounting`."""
+        gone = s._replace(mounted=False, gate=False)
+        seen = record_of(s)[0] != "none" and not self._is("a mount ignores the record")
+        if self._is("a mount looks for a record first"):
+            if s.mounted:
+                yield "a mount looks for a record", gone._replace(mounting=f"looked, {seen}")
+            elif s.mounting:
+                fence = s.mounting == "looked, True"
+                yield "it publishes its control", self._published(s, fence)._replace(mounted=True)
+        elif s.mounted:
+            new = self._published(gone, False)._replace(mounting="published")
+            yield "a mount publishes its control", new
+        elif s.mounting:
+            yield "it looks for a record", s._replace(mounted=True, mounting="", fence=seen)
+
+    @staticmethod
+    def _published(s: State, fence: bool) -> State:
+        def known(p: Process) -> Process:
+            return p._replace(stale=p.at != "off")
+
+        processes = {"sender": known(s.sender), "resolver": known(s.resolver)}
+        return s._replace(mounting="", gate=False, fence=fence, **processes)
 
     # --- invariants ----------------------------------------------------------------------------
 

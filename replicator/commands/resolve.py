@@ -1,19 +1,15 @@
 """``replicator resolve``."""
 
-import asyncio
 from pathlib import Path
 from typing import Literal
 
 import click
 
 from fusedisk.errors import FuseDiskError, UsageError
-from fusedisk.fencing import read_fence
 from fusedisk.mounting import find_state
 from replicator.commands.promote import promote
-from replicator.migration import conclude
 from replicator.options import sender_options
 from replicator.resolving import resolve_at_source, resolve_at_target
-from replicator.source import Source
 from replicator.store import Store
 from replicator.transport.settings import Settings
 
@@ -47,11 +43,7 @@ def command(
         if not (where / ".fusedisk").is_dir():
             raise FuseDiskError(f"{not_mounted}, and no replica of a store") from None
     else:
-        resolve_at_source(where, name, assume, settings)
-        if qmp is not None:
-            images = [Path(disk.path) for disk in Source(where).record.disks]
-            promoted = read_fence(images) is not None
-            asyncio.run(conclude(qmp.absolute(), promoted=promoted))
+        resolve_at_source(where, name, assume, settings, None if qmp is None else qmp.absolute())
         return
     if qmp is not None:
         raise UsageError("--qmp is for the source: give its mountpoint")
