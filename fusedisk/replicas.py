@@ -4,6 +4,7 @@
     replicas/NAME.lock   flock held by the sender that runs
     replicas/NAME.sock   control socket of the sender that runs (fusedisk.controlclient)
     replicas/NAME.log    log of a sender in the background
+    replicas/NAME.before a cutover's --before was begun (replicator.hooks)
 
 The notes are for status and for people: what a replica really holds, its own record decides.
 """

@@ -30,7 +30,7 @@ from replicator.handover import (
     hand_over,
     require_settled,
 )
-from replicator.hooks import run_hook
+from replicator.hooks import BeforeNote, run_hook
 from replicator.link import Link
 from replicator.messages import HASH_BLOCK_BYTES
 from replicator.progress import Progress
@@ -114,6 +114,7 @@ class Cutover:
     async def _move(self) -> dict[str, Any]:
         options = self._options
         begun = False
+        note = BeforeNote(self._source.state, self._record.replica)
         try:
             async with self._held_guest() as self._guest:
                 await self._converge()
@@ -122,7 +123,9 @@ class Cutover:
                 begun = True
                 if options.before is not None:
                     self._enter("before")
-                    await self._hook("--before", options.before, "pending")
+                    facts = self._facts("pending")
+                    await trio.to_thread.run_sync(note.write, facts)
+                    await self._run_hook("--before", options.before, facts, (note.fd,))
                     # The hook took its time, and only it knows whether the guest still writes.
                     await self._converge()
                 await self._pause()
@@ -137,6 +140,8 @@ class Cutover:
                     if not await trio.to_thread.run_sync(on_record, self._images):
                         await self._hook_noted("--on-rollback", options.on_rollback, "rolled-back")
             raise
+        finally:
+            note.remove()
 
     @asynccontextmanager
     async def _maybe_slowed(self) -> AsyncIterator[None]:
@@ -352,10 +357,8 @@ class Cutover:
         finally:
             os.close(lease)
 
-    async def _hook(
-        self, option: str, command: str, outcome: str, downtime_ms: float | None = None
-    ) -> None:
-        facts = {
+    def _facts(self, outcome: str, downtime_ms: float | None = None) -> dict[str, object]:
+        return {
             "mountpoint": self._source.record.mountpoint,
             "replica": self._record.replica,
             "address": self._record.address,
@@ -364,14 +367,18 @@ class Cutover:
             "outcome": outcome,
             "downtime_ms": "" if downtime_ms is None else f"{downtime_ms:.0f}",
         }
-        await run_hook(option, command, facts, self._options.hook_seconds_max)
+
+    async def _run_hook(
+        self, option: str, command: str, facts: dict[str, object], inherited: tuple[int, ...] = ()
+    ) -> None:
+        await run_hook(option, command, facts, self._options.hook_seconds_max, inherited)
 
     async def _hook_noted(
         self, option: str, command: str, outcome: str, downtime_ms: float | None = None
     ) -> str | None:
-        """Like `_hook`, where nothing is to be undone any more; what went wrong, or None."""
+        """Run one where nothing is to be undone any more; what went wrong, or None."""
         try:
-            await self._hook(option, command, outcome, downtime_ms)
+            await self._run_hook(option, command, self._facts(outcome, downtime_ms))
         except FuseDiskError as error:
             log.error("%s", error)
             return str(error)

@@ -17,11 +17,13 @@ from fusedisk.gate import release_if_abandoned, take_lease
 
 BIN = Path(sys.executable).parent
 IMAGE_BYTES = 8 << 20
+# A busy machine keeps it too.
+BOUND = ("--max-downtime", "10000")
 
 
 def run(*words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [BIN / words[0], *words[1:]], check=check, capture_output=True, text=True, timeout=60
+        [BIN / words[0], *words[1:]], check=check, capture_output=True, text=True, timeout=180
     )
 
 
@@ -115,11 +117,11 @@ def test_the_target_has_every_acknowledged_write_and_the_source_is_fenced(pair: 
 
     writer = threading.Thread(target=write)
     writer.start()
-    result = run("replicator", "cutover", "--json", "--max-downtime", "5000", pair.mountpoint)
+    result = run("replicator", "cutover", "--json", "--max-downtime", "10000", pair.mountpoint)
     writer.join()
     outcome = json.loads(result.stdout.splitlines()[-1])
     assert outcome["outcome"] == "promoted"
-    assert outcome["downtime_ms"] < 5000
+    assert outcome["downtime_ms"] < 10_000
     assert pair.sender.wait(10) == 0
     assert refused == [30]  # EROFS
     assert pair.replica.read_bytes() == pair.image.read_bytes()
@@ -138,7 +140,7 @@ def test_the_target_has_every_acknowledged_write_and_the_source_is_fenced(pair: 
 
 
 def test_a_failing_before_hook_rolls_back(pair: Pair):
-    result = run("replicator", "cutover", "--before", "false", pair.mountpoint, check=False)
+    result = run("replicator", "cutover", *BOUND, "--before", "false", pair.mountpoint, check=False)
     assert result.returncode == 1
     assert "--before false ended with status 1" in result.stderr
     pair.write(b"the guest goes on")
@@ -150,7 +152,7 @@ def test_hooks_know_the_facts_and_run_in_order(pair: Pair):
     say = "echo {} $FUSEDISK_OUTCOME $FUSEDISK_REPLICA $FUSEDISK_MOUNTPOINT >> " + str(said)
     # What a hook leaves running keeps its output open, and must not keep the cutover.
     hooks = ["--before", say.format("before"), "--after", say.format("after") + "; sleep 30 &"]
-    result = run("replicator", "cutover", "--json", *hooks, pair.mountpoint)
+    result = run("replicator", "cutover", "--json", *BOUND, *hooks, pair.mountpoint)
     assert json.loads(result.stdout)["outcome"] == "promoted"
     assert said.read_text().splitlines() == [
         f"before pending r {pair.mountpoint}",
@@ -162,7 +164,9 @@ def test_a_rollback_after_the_guest_was_paused_lets_it_go_on(pair: Pair):
     said = pair.image.parent / "said"
     resume = ["--on-rollback", f"echo resumed $FUSEDISK_OUTCOME >> {said}"]
     pause = ["--before", "sleep 60", "--hook-timeout", "0.3"]
-    result = run("replicator", "cutover", "--json", *pause, *resume, pair.mountpoint, check=False)
+    result = run(
+        "replicator", "cutover", "--json", *BOUND, *pause, *resume, pair.mountpoint, check=False
+    )
     assert result.returncode == 1
     assert "did not end within 0.3 s" in result.stderr
     assert json.loads(result.stdout)["outcome"] == "rolled-back"
@@ -172,11 +176,12 @@ def test_a_rollback_after_the_guest_was_paused_lets_it_go_on(pair: Pair):
 
 def test_a_dry_run_says_what_it_would_take_and_replication_goes_on(pair: Pair):
     result = run(
-        "replicator", "cutover", "--json", "--dry-run", "--before", "false", pair.mountpoint
+        "replicator", "cutover", "--json", *BOUND, "--dry-run", "--before", "false", pair.mountpoint
     )
     outcome = json.loads(result.stdout)
     assert outcome["outcome"] == "dry-run"
-    assert 0 < outcome["downtime_ms"] < 1000
+    assert 0 < outcome["downtime_ms"] < 10_000
+    assert {"dirty_rate", "send_rate"} <= outcome.keys()
     pair.write(b"goes on")
     pair.wait_for_state("following")
     assert pair.sender.poll() is None
@@ -280,3 +285,60 @@ def test_the_fence_follows_a_device_and_not_its_node(
     again = loop_device(tmp_path / "fenced")
     assert again != device
     assert read_fence([again]) is not None
+
+
+def test_a_fence_of_another_replica_is_no_promotion(pair: Pair, tmp_path: Path):
+    record_fence([pair.image], FenceRecord("t", "fenced", "other", "unix:///there", 1))
+    pair.sender.kill()
+    pair.sender.wait()
+    after = ["--after", f"touch {tmp_path / 'after'}"]
+    result = run("replicator", "cutover", "--json", *after, pair.mountpoint, check=False)
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["outcome"] == "rolled-back"
+    assert "r was not promoted, other at unix:///there is the disk already" in result.stderr
+    assert not (tmp_path / "after").exists()
+
+
+def test_a_promotion_whose_sender_died_before_the_hook_says_so(pair: Pair):
+    record_fence([pair.image], FenceRecord("t", "fenced", "r", "unix:///there", 1))
+    pair.sender.kill()
+    pair.sender.wait()
+    result = run(
+        "replicator", "cutover", "--json", "--after", "start-it", pair.mountpoint, check=False
+    )
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["outcome"] == "promoted"
+    (line,) = result.stderr.splitlines()
+    assert "the replica is promoted" in line and "run it by hand: start-it" in line
+    # Without the hook there is nothing left to do.
+    result = run("replicator", "cutover", "--json", pair.mountpoint)
+    assert json.loads(result.stdout)["outcome"] == "promoted"
+
+
+def test_the_guest_that_a_killed_sender_left_paused_goes_on(pair: Pair, tmp_path: Path):
+    """Its hook is still at work: only once it is done the guest is let go."""
+    begun, paused, resumed = tmp_path / "begun", tmp_path / "paused", tmp_path / "resumed"
+    hooks = [
+        *("--before", f"touch {begun}; sleep 1; echo $FUSEDISK_TOKEN > {paused}"),
+        *("--on-rollback", f"test $FUSEDISK_OUTCOME = rolled-back && mv {paused} {resumed}"),
+    ]
+    killer = threading.Thread(target=_kill_when, args=(pair.sender, begun))
+    killer.start()
+    result = run("replicator", "cutover", "--json", *BOUND, *hooks, pair.mountpoint, check=False)
+    killer.join()
+    assert result.returncode == 1 and "nothing was promoted" in result.stderr
+    assert "by hand" not in result.stderr, result.stderr
+    assert json.loads(result.stdout)["outcome"] == "rolled-back"
+    assert len(resumed.read_text()) == 37 and not paused.exists()
+    # There is nothing left to undo, whatever ends next without an answer.
+    again = run("replicator", "cutover", *hooks, pair.mountpoint, check=False)
+    assert "has no running sender" in again.stderr and "--on-rollback" not in again.stderr
+    pair.write(b"the guest goes on")
+
+
+def _kill_when(process: subprocess.Popen[bytes], there: Path) -> None:
+    deadline = time.monotonic() + 50
+    while not there.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()

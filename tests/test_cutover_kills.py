@@ -125,8 +125,10 @@ def test_one_side_is_the_disk_whatever_dies(watched: Watched, victim: str, step:
     watched.strike(victim, step)
     restart = threading.Thread(target=_restart, args=(watched, victim))
     restart.start()
-    command = ["replicator", "cutover", "--json", "--max-downtime", "10000", pair.mountpoint]
-    result = run(*command, check=False)
+    paused = pair.store / "paused"
+    hooks = ("--before", f"touch {paused}", "--on-rollback", f"rm {paused}")
+    command = ["replicator", "cutover", "--json", "--max-downtime", "10000", *hooks]
+    result = run(*command, pair.mountpoint, check=False)
     restart.join(20)
     assert watched.struck.is_set(), result.stderr
     if victim == "sender" and step in (m.Promote, m.Promoted):
@@ -135,6 +137,9 @@ def test_one_side_is_the_disk_whatever_dies(watched: Watched, victim: str, step:
         wait_for(lambda: not watched.source_writable(), "the abandoned gate became a fence")
         settled = run("replicator", "resolve", pair.mountpoint).stdout.strip()
         assert settled == ("promoted" if watched.promoted() else "rolled-back")
+        assert paused.exists()
+    else:
+        assert paused.exists() == watched.promoted(), result.stderr
     watched.stop_writing()
     promoted = watched.promoted()
     if (victim, step) != ("sender", m.Promote):

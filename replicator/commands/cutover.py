@@ -1,8 +1,12 @@
 """``replicator cutover``."""
 
 import json
+import os
+import select
 import sys
 import threading
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,9 @@ from replicator.cutover import CutoverOptions
 from replicator.display import cutover_text
 from replicator.guest import check_options
 from replicator.handover import OutcomeUnknown
+from replicator.hooks import BeforeNote, run_hook
 from replicator.options import Seconds
+from replicator.running import run_trio
 from replicator.settings import MAX_DOWNTIME_MS
 from replicator.slowing import check_floor
 
@@ -104,6 +110,7 @@ def command(
         slow_floor=check_floor(slow_floor) if slow_guest else None,
     )
     request = f"cutover {msgspec.json.encode(options).decode()}"
+    waiting = _Waiting(state, name, options)
     ended = threading.Event()
     if sys.stderr.isatty():
         threading.Thread(target=_show, args=(state, name, ended), daemon=True).start()
@@ -111,7 +118,7 @@ def command(
         # Every step has a bound of its own, and a sender that ends closes the socket.
         result = control.ask(state, name, request, None)
     except FuseDiskError as lost:
-        result = _without_sender(state, lost)
+        result = waiting.without_sender(lost)
     finally:
         ended.set()
     error, code = result.pop("error", None), result.pop("exit_code", 0)
@@ -119,27 +126,93 @@ def command(
         click.echo(json.dumps(result))
     elif not error:
         click.echo(_summary(result))
+    if failed := result.get("after"):
+        error = f"{error}; and " if error else "the replica is promoted, but "
+        error, code = error + failed, FuseDiskError.exit_code
     if error:
         click.echo(f"replicator: {error}", err=True)
         sys.exit(code)
-    if failed := result.get("after"):
-        raise FuseDiskError(f"the replica is promoted, but {failed}")
 
 
-def _without_sender(state: Path, error: FuseDiskError) -> dict[str, Any]:
-    """How a cutover stands whose sender ended without an answer: what it recorded tells."""
-    record = read_fence(Path(disk.path) for disk in read_mount_record(state).disks)
-    if record is None:
-        raise error
-    told: dict[str, Any] = {"downtime_ms": None, "phases": {}, "epoch": record.epoch}
-    if record.state == "fenced":
-        return {"outcome": "promoted", "predicted_ms": None, **told}
-    return {
-        "outcome": "unknown",
-        **told,
-        "error": f"{error}; the promotion was begun, run 'replicator resolve'",
-        "exit_code": OutcomeUnknown.exit_code,
-    }
+class _Waiting:
+    """What a command notes before it waits, for a sender that ends without an answer."""
+
+    def __init__(self, state: Path, name: str, options: CutoverOptions) -> None:
+        self._state, self._name, self._options = state, name, options
+        self._note = BeforeNote(state, name)
+        self._left_over = self._note.read()
+        self._sender = -1
+        # Where no sender runs, the request itself says so.
+        with suppress(FuseDiskError, OSError):
+            self._sender = os.pidfd_open(control.ask(state, name, "status")["sender"]["pid"])
+
+    def without_sender(self, error: FuseDiskError) -> dict[str, Any]:
+        """How the cutover stands: what its sender recorded tells, once that has ended."""
+        if self._sender >= 0:
+            # Told to stop, it may be past the point from which it carries the promotion out.
+            select.select([self._sender], [], [])
+        record = read_fence(Path(disk.path) for disk in read_mount_record(self._state).disks)
+        if record is None:
+            return self._rolled_back(error)
+        told: dict[str, Any] = {"downtime_ms": None, "phases": {}, "epoch": record.epoch}
+        if record.replica != self._name and record.state == "fenced":
+            return {
+                "outcome": "rolled-back",
+                **told,
+                "error": f"{error}; {self._name} was not promoted, {record.replica} at "
+                f"{record.address} is the disk already: cut over from there",
+                "exit_code": FuseDiskError.exit_code,
+            }
+        if record.state == "fenced":
+            after = self._options.after
+            if after is not None:
+                told["after"] = (
+                    f"nothing tells that --after was run: look, and run it by hand: {after}"
+                )
+            return {"outcome": "promoted", "predicted_ms": None, **told}
+        return {
+            "outcome": "unknown",
+            **told,
+            "error": f"{error}; the promotion of {record.replica} was begun, run "
+            "'replicator resolve'",
+            "exit_code": OutcomeUnknown.exit_code,
+        }
+
+    def _rolled_back(self, error: FuseDiskError) -> dict[str, Any]:
+        """Without a record nothing was promoted, and the guest that a hook paused has to go on."""
+        said = str(error)
+        if self._sender >= 0:
+            said = (
+                f"the sender of {self._name} ended during the cutover and nothing was promoted; "
+                "the guest goes on at the source"
+            )
+        facts, command = self._note.read(), self._options.on_rollback
+        if facts is not None and facts != self._left_over:
+            failed = "there was no --on-rollback"
+            if command is not None:
+                failed = self._let_go_on(command, facts)
+            said += f", but --before was begun and {failed}: let it go on by hand" if failed else ""
+        return {
+            "outcome": "rolled-back",
+            "downtime_ms": None,
+            "phases": {},
+            "epoch": None,
+            "error": said,
+            "exit_code": error.exit_code,
+        }
+
+    def _let_go_on(self, command: str, facts: dict[str, Any]) -> str:
+        """Run ``--on-rollback`` in the place of the sender; what went wrong."""
+        seconds = self._options.hook_seconds_max
+        facts = {**facts, "outcome": "rolled-back"}
+        try:
+            self._note.take_over(seconds)
+            run_trio(partial(run_hook, "--on-rollback", command, facts, seconds))
+        except (OSError, FuseDiskError) as failure:
+            return str(failure)
+        finally:
+            self._note.remove()
+        return ""
 
 
 def _summary(result: dict[str, Any]) -> str:

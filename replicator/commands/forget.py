@@ -10,6 +10,8 @@ from fusedisk.state import sync_directory
 from replicator import control
 from replicator.senderlock import lock_replica
 
+_KINDS = ("json", "sock", "before", "before.new")
+
 
 @click.command()
 @click.option("--name", required=True)
@@ -21,7 +23,7 @@ def command(mountpoint: Path, name: str) -> None:
     try:
         folder = state / "replicas"
         # The lock file stays: another process may be about to lock it.
-        for leftover in (f"{name}.json", f"{name}.sock", *_logs(folder, name)):
+        for leftover in (*(f"{name}.{kind}" for kind in _KINDS), *_logs(folder, name)):
             (folder / leftover).unlink(missing_ok=True)
         sync_directory(folder)
     finally:
