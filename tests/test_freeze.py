@@ -274,7 +274,9 @@ def test_a_sender_freezes_as_it_closes_epochs(
         with mount.disk().open("r+b") as disk:
             disk.write(b"y" * 4096)
         # While a pass is applied the point before it is gone, and there may be none.
-        wait_for(lambda: [p["frozen"] for p in points()][-1:] == [False], "a point has no freeze")
+        wait_for(
+            lambda: [p["frozen"] for p in points()][-1:] == [False], "a point has no freeze", 60
+        )
         agent.silent = False
     assert "the guest was frozen for" in (tmp_path / "start.log").read_text()
     assert not agent.frozen

@@ -36,7 +36,8 @@ def test_a_guest_starts_from_the_promoted_replica(
         guest = move.boot("away", [away.disk(0), away.disk(1)])
         guest.wait_for_records(3)
         first = guest.numbers[0]
-        assert before < first <= lost_after + 1, "more than the last moment is lost"
+        # A record may have been durable, and in the last epoch, that it did not come to print.
+        assert before < first <= lost_after + 2, "more than the last moment is lost"
         guest.end()
         for disk, replica in enumerate(move.replicas):
             written = check_disk(replica)
