@@ -23,7 +23,8 @@ the file is its lease: a capture whose reader died is ended by the server.
   closing waits for them, holding nothing that they could need.
 - Check, copy and mark of one chunk are under a lock, with a second look at the mark inside, or a
   second writer could preserve the first one's data as old.
-- The guest never waits for the reader: a spill that is full or fails gives the capture up.
+- The guest never waits for the reader: a spill that is full, fails, or leaves too little room on its
+  filesystem gives the capture up.
 - A server that is killed leaves copies without marks at most, so captures outlive it.
 """
 
@@ -47,6 +48,7 @@ cdef extern from *:
     #include <stdint.h>
     #include <stdlib.h>
     #include <string.h>
+    #include <sys/statvfs.h>
     #include <unistd.h>
 
     struct fd_capture { uint64_t state, since, epoch, cursor, records, limit, sequence; };
@@ -106,6 +108,15 @@ cdef extern from *:
             return -1;
         return fd_write_whole(fd, (const char *)head, sizeof *head, offset);
     }
+    /* Whether a filesystem would still have as much room after a write as the file takes up by it,
+       and what a guest needs for a while: so a spill takes half of the room that there was at most. */
+    #define FD_ROOM_LEFT (64ULL << 20)
+    static int fd_leaves_room(int fd, uint64_t end)
+    {
+        struct statvfs found;
+        if (fstatvfs(fd, &found)) return 0;
+        return (uint64_t)found.f_bavail * found.f_frsize >= end + FD_ROOM_LEFT;
+    }
     static char *fd_buffer(uint64_t length)
     {
         void *found = NULL;
@@ -134,6 +145,7 @@ cdef extern from *:
     int fd_read_chunk(int fd, char *into, uint64_t length, int64_t offset) nogil
     int fd_all_zero(const char *data, uint64_t length) nogil
     int fd_append(int fd, fd_record *head, const char *data, uint64_t length, int64_t offset) nogil
+    int fd_leaves_room(int fd, uint64_t end) nogil
     char *fd_buffer(uint64_t length) nogil
     void free(void *p) nogil
     int sched_yield() nogil
@@ -249,7 +261,7 @@ cdef void _copy(
 ) noexcept nogil:
     cdef fd_record head
     cdef fd_capture *capture
-    cdef uint64_t record, start = chunk * map.chunk_size
+    cdef uint64_t record, at, start = chunk * map.chunk_size
     cdef uint64_t length = min(map.chunk_size, size - start)
     cdef bint whole = data != NULL and fd_read_chunk(image, data, length, start) == 0
     cdef bint kept
@@ -264,9 +276,12 @@ cdef void _copy(
         head.sequence = sequences[i]
         head.check = fd_check(&head)
         record = fd_take(&capture.records)
-        kept = whole and record < fd_get(&capture.limit) and 0 == fd_append(
-            spills.fds[i], &head, data, 0 if head.flags else length,
-            record * (_HEAD + map.chunk_size),
+        at = record * (_HEAD + map.chunk_size)
+        # Invariant: the guest's own writes come first where room is scarce.
+        kept = (
+            whole and record < fd_get(&capture.limit)
+            and fd_leaves_room(spills.fds[i], at + _HEAD + map.chunk_size)
+            and 0 == fd_append(spills.fds[i], &head, data, 0 if head.flags else length, at)
         )
         if not kept:
             # The guest goes on; the capture's reader finds out before it believes anything.
@@ -291,9 +306,10 @@ class NoCapture(Exception):
 
 
 cdef class Capture:
-    """A reader's open capture. Closes and frees its spill in :meth:`close`.
+    """A reader's capture. Closes and frees its spill in :meth:`close`.
 
-    ``Capture(state, control, since, limit_bytes, chunk_size)`` advances the epoch; ``epoch`` is the
+    ``Capture(state, control, limit_bytes, chunk_size)`` takes a place and nothing more, so that it
+    can be had before the guest is frozen. :meth:`open` then advances the epoch; ``epoch`` is the
     one before, whose state is captured once :meth:`closed` says so. Raises NoCapture or OSError.
     """
 
@@ -305,8 +321,8 @@ cdef class Capture:
     cdef uint64_t _scanned
     cdef readonly object epoch
 
-    def __cinit__(self, str state, Control control not None, uint64_t since,
-                  uint64_t limit_bytes, uint64_t chunk_size):
+    def __cinit__(self, str state, Control control not None, uint64_t limit_bytes,
+                  uint64_t chunk_size):
         self._spill, self._control, self._chunk_size = -1, control, chunk_size
         self._found, self._scanned = {}, 0
         if not control.writable:
@@ -316,17 +332,20 @@ cdef class Capture:
                 break
         else:
             raise NoCapture("too many captures are open; wait for another replica's")
-        self._capture.since = since
         self._capture.limit = limit_bytes // (_HEAD + chunk_size)
+
+    def open(self, uint64_t since):
+        """Advance the epoch and begin to capture what was written after epoch ``since``."""
+        self._capture.since = since
         while True:
             self._capture.cursor = self._capture.records = 0
             fd_put(&self._capture.sequence, secrets.randbits(63) | 1)
-            guess = control.epoch
+            guess = self._control.epoch
             fd_put(&self._capture.epoch, guess)
             fd_put(&self._capture.state, <uint64_t>guess << 2 | _CLOSING)
-            fd_bits(_open_bits(control.base), 1ULL << self._index, 0)
+            fd_bits(_open_bits(self._control.base), 1ULL << self._index, 0)
             # Invariant: the bit and the epoch are there before anybody can write in the next one.
-            self.epoch = control.advance()
+            self.epoch = self._control.advance()
             if self.epoch == guess:
                 return
             # Another reader advanced in between: what is captured would not be what was closed.

@@ -194,6 +194,7 @@ def _noted(
         "verify": {"every": None, "last": msgspec.to_builtins(record.verified)},
         "cutover": None,
         "capture": None,
+        "given_up": None,
         "error": error or (SILENT if silent else None),
         "sender": silent["sender"] if silent else None,
     }

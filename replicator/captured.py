@@ -1,6 +1,8 @@
 """What a pass reads: the chunks of a closed epoch as they were when it was closed."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 import trio
@@ -18,6 +20,14 @@ _CLOSED_POLL_SECONDS = 0.001
 _PLACE_POLL_SECONDS = 0.1
 
 
+@dataclass
+class GivenUp:
+    """How many captures of a replica were given up, and why the last was; None if it was not."""
+
+    captures: int = 0
+    reason: str | None = None
+
+
 class CapturedSource:
     """The disks of a source at the end of an epoch; stands in for the Source that is read from.
 
@@ -27,7 +37,27 @@ class CapturedSource:
 
     def __init__(self, source: Source, capture: Capture) -> None:
         self._source, self._capture = source, capture
-        self.epoch = capture.epoch
+
+    async def close_epoch(self, since: int) -> None:
+        """Close the epoch and capture what was written after epoch ``since`` up to its end.
+
+        Raises FuseDiskError when the mount is gone.
+        """
+        self._capture.open(since)
+        while not self._capture.closed():
+            self._require_mounted()
+            await trio.sleep(_CLOSED_POLL_SECONDS)
+        # Invariant: an epoch is closed for this very mount: the next one would give it out again.
+        self._require_mounted()
+
+    def _require_mounted(self) -> None:
+        if not self._source.mounted:
+            raise FuseDiskError("the mount is gone; mount it again and start again")
+
+    @property
+    def epoch(self) -> int:
+        """The one that was closed."""
+        return self._capture.epoch
 
     @property
     def intact(self) -> bool:
@@ -113,37 +143,19 @@ def _united(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield begun, reached - begun
 
 
-async def capture(source: Source, since: int, spill_bytes: int) -> CapturedSource:
-    """Close the epoch and capture what was written after epoch ``since`` up to its end.
+async def claim(source: Source, spill_bytes: int) -> CapturedSource:
+    """Take a place for a capture, which :meth:`CapturedSource.close_epoch` then begins.
 
     ``spill_bytes`` are the room for copies; where they are not enough the capture is given up.
-
-    Waits for a place where too many captures are open. Raises FuseDiskError when the mount is gone,
-    OSError when the bound of the epochs cannot be written.
+    Waits where too many captures are open. Raises OSError when the bound of the epochs cannot be
+    written.
     """
     while True:
         # Invariant: the bound is durably beyond what a capture opens.
         await trio.to_thread.run_sync(reserve, source.state, source.control)
-        try:
-            opened = Capture(
-                str(source.state),
-                source.control,
-                since,
-                spill_bytes,
-                source.record.disks[0].chunk_size,
+        chunk_size = source.record.disks[0].chunk_size
+        with suppress(NoCapture):
+            return CapturedSource(
+                source, Capture(str(source.state), source.control, spill_bytes, chunk_size)
             )
-            break
-        except NoCapture:
-            await trio.sleep(_PLACE_POLL_SECONDS)
-    try:
-        while not opened.closed():
-            if not source.mounted:
-                raise FuseDiskError("the mount is gone; mount it again and start again")
-            await trio.sleep(_CLOSED_POLL_SECONDS)
-        # Invariant: an epoch is closed for this very mount: the next one would give it out again.
-        if not source.mounted:
-            raise FuseDiskError("the mount is gone; mount it again and start again")
-    except BaseException:
-        opened.close()
-        raise
-    return CapturedSource(source, opened)
+        await trio.sleep(_PLACE_POLL_SECONDS)

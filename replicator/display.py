@@ -46,6 +46,17 @@ def lag_text(entry: dict[str, Any]) -> str:
     return f"lag {format_size(lag['bytes'])}{age}, last commit epoch {epoch}"
 
 
+def capture_text(entry: dict[str, Any]) -> str:
+    """How full the spill of the pass under way is, and whether captures are being given up."""
+    parts = []
+    if capture := entry.get("capture"):
+        used, room = format_size(capture["spill_bytes"]), format_size(capture["spill_bytes_max"])
+        parts.append(f", spill {used} of {room}")
+    if (given_up := entry.get("given_up")) and given_up["reason"]:
+        parts.append(f", {given_up['captures']} captures given up: {given_up['reason']}")
+    return "".join(parts)
+
+
 def progress_text(progress: dict[str, Any]) -> str:
     """Percent, size, rate and time left."""
     parts = [f"{progress['percent']:.1f}% of {format_size(progress['total'])}"]
@@ -79,7 +90,11 @@ def line(entry: dict[str, Any]) -> str:
     text = f"{entry['name']}: {entry['state']}{error}, {entry['address']}, "
     if entry["cutover"]:
         return text + cutover_text(entry["cutover"])
-    return text + (progress_text(entry["progress"]) if _moving(entry) else lag_text(entry))
+    return text + (
+        progress_text(entry["progress"])
+        if _moving(entry)
+        else lag_text(entry) + capture_text(entry)
+    )
 
 
 def table(entries: Sequence[dict[str, Any]]) -> RenderableType:
@@ -108,7 +123,7 @@ def _heading(entry: dict[str, Any]) -> Text:
     if entry["cutover"]:
         text.append(f"  {cutover_text(entry['cutover'])}")
     elif not _moving(entry):
-        text.append(f"  {lag_text(entry)}")
+        text.append(f"  {lag_text(entry)}{capture_text(entry)}")
     if entry["error"]:
         text.append(f"  {_printable(entry['error'])}", style="red")
     return text

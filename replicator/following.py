@@ -4,6 +4,7 @@ One task converses with the receiver, one reads all the time (replicator.senderl
 the mount, and one writes the note on the replica; all end with `Follower.run`.
 """
 
+import dataclasses
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ from fusedisk.replicas import ReplicaRecord, Sent, Verified, read_record, write_
 from replicator.address import Address
 from replicator.batches import Unread, describe
 from replicator.cadence import Cadence
+from replicator.captured import GivenUp
 from replicator.compression import Compressor
 from replicator.cutover import Cutover, CutoverOptions, new_record
 from replicator.freeze import Freezer
@@ -79,6 +81,7 @@ class Follower:
         self._attempt: Cutover | None = None
         self._verification: Verification | None = None
         self._noting = trio.Event()
+        self._given_up = GivenUp()
         self._freezer = Freezer(settings.freeze, source.state / "replicas" / f"{name}.freeze.log")
         self.progress = Progress()
         self.sent = Sent()
@@ -231,6 +234,7 @@ class Follower:
             *(self.progress, self.sent, self.rates, self._compressor),
         )
         session.spill_bytes = self._settings.spill_bytes
+        session.given_up = self._given_up
         self._session = session
         session.on_phase = self._set_state
         session.on_unread = self._note_unread
@@ -529,6 +533,7 @@ class Follower:
             "cutover": None if attempt is None else attempt.report(),
             "freeze": self._freezer.report(),
             "capture": self._session and self._session.captured and self._session.captured.report(),
+            "given_up": dataclasses.asdict(self._given_up),
             "error": error,
             "sender": {"pid": os.getpid()},
         }

@@ -15,14 +15,15 @@ from typing import Any
 
 from fusedisk.errors import FuseDiskError
 from replicator.attending import Note, attend
-from replicator.guestagent import AgentError, GuestAgent
+from replicator.guestagent import AgentError, AgentGone, GuestAgent
 
 log = logging.getLogger("replicator.freezekeeper")
 
 _FROZEN_SECONDS_MAX = 5.0
 _COMMAND_SECONDS_MAX = 30.0
-_RETRY_SECONDS = 0.5
-_RETRIES_SECONDS_MAX = 600.0
+_RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
+# A QEMU that has not listened for so long has ended, and its guest with it.
+_GONE_SECONDS = 600.0
 
 
 class AgentFreezing:
@@ -160,16 +161,22 @@ class FreezeKeeper:
         return self._thawing
 
     async def _thaw_at_last(self) -> None:
-        deadline = time.monotonic() + _RETRIES_SECONDS_MAX
+        delay, reached = _RETRY_SECONDS_MIN, time.monotonic()
         while self._frozen and self._means is not None:
             try:
                 await self._means.thaw()
                 self._frozen = False
             except FuseDiskError as error:
-                log.error("cannot thaw: %s", error)
-                if time.monotonic() > deadline:
+                if not isinstance(error, AgentGone):
+                    reached = time.monotonic()
+                elif time.monotonic() > reached + _GONE_SECONDS:
+                    log.error("%s; its guest is gone", error)
+                    self._frozen = False
                     return
-                await asyncio.sleep(_RETRY_SECONDS)
+                # Invariant: tried for as long as the guest may be frozen, however long that is.
+                log.error("cannot thaw: %s; trying again in %g s", error, delay)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _RETRY_SECONDS_MAX)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ class AgentError(FuseDiskError):
     """The agent refused, or does not answer."""
 
 
+class AgentGone(AgentError):
+    """Nobody listens: the QEMU that served the channel has ended."""
+
+
 class GuestAgent:
     """One connection to the socket of the agent's channel, which takes one client at a time."""
 
@@ -37,6 +41,8 @@ class GuestAgent:
                 reader, writer = await asyncio.open_unix_connection(path, limit=_ANSWER_BYTES_MAX)
         except TimeoutError:
             raise AgentError(f"the guest agent's channel at {path} is busy") from None
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise AgentGone(f"cannot reach the guest agent at {path}: {error}") from None
         except OSError as error:
             raise AgentError(f"cannot reach the guest agent at {path}: {error}") from None
         agent = cls(reader, writer)

@@ -16,7 +16,7 @@ from fusedisk.extents import allocated_bytes
 from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.batches import Batch, BatchReader, Unread
-from replicator.captured import SPILL_BYTES, CapturedSource, capture, unchanged
+from replicator.captured import SPILL_BYTES, CapturedSource, GivenUp, claim, unchanged
 from replicator.compression import Compressor
 from replicator.freeze import Instant
 from replicator.lineage import holds_base
@@ -74,6 +74,7 @@ class Session:
         self._closing: tuple[int, float, float] | None = None
         self.cause: str | None = None
         self.captured: CapturedSource | None = None
+        self.given_up = GivenUp()
         self._instants_only = False
         self.repairs: list[tuple[int, int, int]] = []
         """(disk, start, end) to send with the next pass, whether it changed or not."""
@@ -161,10 +162,11 @@ class Session:
         """
         disks = range(len(self._source.fds))
         while True:
-            before = time.time(), trio.current_time()
-            async with self.frozen() as closing:
-                instant = await capture(self._source, since, self.spill_bytes)
-            async with instant as captured:
+            # A place may have to be waited for, so it is there before the guest is frozen.
+            async with await claim(self._source, self.spill_bytes) as captured:
+                before = time.time(), trio.current_time()
+                async with self.frozen() as closing:
+                    await captured.close_epoch(since)
                 self._closing = captured.epoch, *before
                 self.captured = captured
                 try:
@@ -186,9 +188,15 @@ class Session:
                     # Invariant: who writes to another mount of the disks marks another map.
                     raise FuseDiskError("the mount is gone; mount it again and start again")
                 if captured.intact and not self._unread:
+                    self.given_up.reason = None
                     self._frozen = closing is not None and closing.frozen
                     return captured.epoch
-                reason = "a part of it could not be read" if self._unread else "the spill is full"
+                # Or a copy could not be written, or would have left the guest too little room.
+                reason = "the spill is full"
+                if self._unread:
+                    reason = "a part of it could not be read"
+            self.given_up.captures += 1
+            self.given_up.reason = reason
             log.warning("epoch %d is not captured: %s; trying the next", captured.epoch, reason)
             # Read live, so no part of an instant: if it changed since, it is part of the next.
             await self._read_again()

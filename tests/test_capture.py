@@ -3,6 +3,7 @@
 import os
 import random
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ class Disks:
             )
 
     def capture(self, since: int, limit: int = 1 << 20) -> Capture:
-        capture = Capture(str(self.folder), self.control, since, limit, CHUNK)
+        capture = Capture(str(self.folder), self.control, limit, CHUNK)
+        capture.open(since)
         while not capture.closed():
             pass
         return capture
@@ -131,6 +133,30 @@ def test_a_full_spill_gives_the_capture_up_and_the_guest_goes_on(disks: Disks) -
     assert capture.spilled_bytes == capture.spill_bytes_max
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts a small file system")
+def test_a_spill_leaves_the_guest_as_much_room_as_it_takes(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "none", tmp_path], check=True)
+    try:
+        disks = Disks(tmp_path)
+        for chunk in range(8):
+            disks.disks[0].write(b"d", chunk * CHUNK)
+        capture = disks.capture(0, limit=1 << 30)
+        found = os.statvfs(tmp_path)
+        room = found.f_bavail * found.f_frsize
+        # So that of a record of 8 KiB there is room for two, with 64 MiB and as much to spare.
+        with (tmp_path / "other").open("wb") as other:
+            other.write(bytes(room - (64 << 20) - 2 * (4096 + CHUNK) * 2))
+        copied = 0
+        for chunk in range(8):
+            disks.disks[0].write(b"e", chunk * CHUNK)
+            copied += capture.intact
+        assert copied == 2
+        capture.close()
+        disks.close()
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
 def test_captures_of_several_replicas_keep_to_themselves(disks: Disks) -> None:
     disk = disks.disks[0]
     disk.write(b"1", 0)
@@ -164,7 +190,8 @@ def test_a_dead_readers_capture_is_ended(disks: Disks) -> None:
     assert capture.intact
     pid = os.fork()
     if pid == 0:
-        kept = Capture(str(disks.folder), disks.control, 0, 1 << 20, CHUNK)
+        kept = Capture(str(disks.folder), disks.control, 1 << 20, CHUNK)
+        kept.open(0)
         os.kill(os.getpid(), 9 if kept.intact else 15)
     os.waitpid(pid, 0)
     disks.disks[0].write(b"e", 0)

@@ -330,11 +330,12 @@ def test_crash_keeps_a_promotion_only_with_the_marks_made_since(xfs: Xfs) -> Non
 
 def test_capture_opens_no_epoch_beyond_the_bound(tmp_path: Path) -> None:
     control = Control.create(tmp_path / "control", 1, 2)
-    captured = Capture(str(tmp_path), control, 0, 1 << 20, CHUNK)
+    captured = Capture(str(tmp_path), control, 1 << 20, CHUNK)
+    captured.open(0)
     assert (captured.epoch, control.limit) == (1, 2)
     for _ in range(2):
         with pytest.raises(OverflowError):
-            Capture(str(tmp_path), control, 0, 1 << 20, CHUNK)
+            Capture(str(tmp_path), control, 1 << 20, CHUNK).open(0)
     assert captured.closed() and captured.intact
     captured.close()
     control.close()

@@ -1,5 +1,6 @@
 """Freezing around an epoch, with a stand-in for the guest agent and processes killed."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from conftest import Mount, wait_for
 
 from fusedisk.errors import UsageError
 from replicator.freeze import Freezer, freeze_settings
+from replicator.freezekeeper import FreezeKeeper
+from replicator.guestagent import AgentError, AgentGone
 
 REPLICATOR = str(Path(sys.executable).with_name("replicator"))
 
@@ -177,6 +181,8 @@ SENDER = """
 import sys, trio
 from pathlib import Path
 from replicator.freeze import Freezer, freeze_settings
+from replicator.freezekeeper import FreezeKeeper
+from replicator.guestagent import AgentError, AgentGone
 async def main():
     freezer = Freezer(freeze_settings(sys.argv[1] or None, *sys.argv[2:4], 0), Path(sys.argv[4]))
     async with freezer.frozen():
@@ -205,6 +211,33 @@ def test_a_sender_that_dies_or_hangs_leaves_nothing_frozen(
         process.send_signal(number)
         wait_for(lambda: not agent.frozen, "the guest is thawed")
         process.kill()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_thawing_is_tried_for_as_long_as_there_is_a_guest(
+    monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """For hours, where the agent only fails; a QEMU that has ended has no guest any more."""
+    clock = [0.0]
+
+    class Failing:
+        async def thaw(self) -> None:
+            if clock[0] < 36000:
+                raise AgentGone("nobody listens") if gone else AgentError("failed")
+
+    async def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    async def abandon() -> None:
+        keeper = FreezeKeeper()
+        keeper._means, keeper._frozen = Failing(), True
+        await keeper.abandoned()
+        assert not keeper._frozen
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    asyncio.run(abandon())
+    assert 600 < clock[0] < 700 if gone else 36000 <= clock[0] < 36060
 
 
 def test_commands_freeze_and_thaw(tmp_path: Path) -> None:
