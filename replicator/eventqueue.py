@@ -1,5 +1,7 @@
 """What was received and not yet worked on: in order, and bounded in bytes as well as in number.
 
+What counts is the memory that an event keeps, not what it uses of it.
+
 For one task that puts and one that takes. Data and Zero can be taken many at a time, since writing
 them costs less than the change to a thread that writes.
 """
@@ -60,4 +62,4 @@ class EventQueue:
 
 
 def _size(event: Event) -> int:
-    return len(event.data) if isinstance(event, Data) else 0
+    return event.held_bytes if isinstance(event, Data) else 0

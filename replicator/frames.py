@@ -98,8 +98,9 @@ MESSAGE_BYTES_BY_KIND: Final[Mapping[type[Event], int]] = {
     m.Restorable: 128 * KIB,
     m.Hashes: MESSAGE_BYTES_MAX,
 }
+# Buffers that are used again have a few sizes alone; smaller ones are not worth keeping.
 _SPARE_BYTES_MIN: Final = 64 * KIB
-_SPARE_BUFFERS_MAX: Final = 16
+_SPARE_BYTES_MAX: Final = 16 * DATA_BYTES_MAX
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
@@ -169,24 +170,34 @@ class Reader:
     def __init__(self) -> None:
         self._head = memoryview(bytearray(_HEAD_BYTES))
         self._spare: list[bytearray] = []
+        self._spare_bytes = 0
         self._restart()
 
     def recycle(self, data: memoryview) -> None:
         """Use the buffer of a Data again, which nobody may look at any more."""
         buffer = data.obj
-        if (
-            isinstance(buffer, bytearray)
-            and len(buffer) == DATA_BYTES_MAX
-            and len(self._spare) < _SPARE_BUFFERS_MAX
-        ):
-            self._spare.append(buffer)
+        if not isinstance(buffer, bytearray) or len(buffer) < _SPARE_BYTES_MIN:
+            return
+        self._spare.append(buffer)
+        self._spare_bytes += len(buffer)
+        while self._spare_bytes > _SPARE_BYTES_MAX:
+            # The one that was of no use for longest: frames are of another size by now.
+            self._spare_bytes -= len(self._spare.pop(0))
 
     def _bulk(self) -> memoryview:
         # Fresh pages cost more than all else that is done with the bytes in them.
         if self._bulk_bytes < _SPARE_BYTES_MIN:
             return memoryview(bytearray(self._bulk_bytes))
-        buffer = self._spare.pop() if self._spare else bytearray(DATA_BYTES_MAX)
-        return memoryview(buffer)[: self._bulk_bytes]
+        # Invariant: what is received takes less than twice its length, however it is cut.
+        size = 1 << (self._bulk_bytes - 1).bit_length()
+        return memoryview(self._reused(size) or bytearray(size))[: self._bulk_bytes]
+
+    def _reused(self, size: int) -> bytearray | None:
+        for at in reversed(range(len(self._spare))):
+            if len(self._spare[at]) == size:
+                self._spare_bytes -= size
+                return self._spare.pop(at)
+        return None
 
     def _restart(self) -> None:
         self._kind: type[Event] | None = None

@@ -331,6 +331,11 @@ class Data:
         """Bytes of the disk."""
         return self.packed_from or len(self.data)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that it keeps: the whole buffer that its bytes are a part of."""
+        return memoryview(self.data.obj).nbytes
+
     def content(self) -> memoryview | bytes:
         """The disk's bytes, unpacked and compared with their digest.
 
