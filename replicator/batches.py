@@ -75,6 +75,7 @@ class BatchReader:
         source = readable or self._source
         parts = (piece for start, end in ranges for piece in pieces(source, disk, start, end))
         send, receive = trio.open_memory_channel[Batch](1)
+        self._compressor.begin()
         async with trio.open_nursery() as nursery, receive:
             nursery.start_soon(self._read_all, source, disk, parts, send)
             yield receive

@@ -406,11 +406,12 @@ class Session:
             async with self._reader.reading(disk, ranges, readable) as batches:
                 waiting = trio.current_time()
                 async for batch in batches:
+                    came = trio.current_time()
                     await self.held()
                     begun = trio.current_time()
                     await self._send_batch(batch, holes=holes)
                     sent = trio.current_time()
-                    self._compressor.waited(begun - waiting, sent - begun)
+                    self._compressor.waited(batch.transfers, came - waiting, sent - begun)
                     waiting = sent
                     if count:
                         self._advance(disk, batch.covered)
