@@ -1,7 +1,8 @@
 """Restoring over the wire: a receiver reads a point for us, and only what differs crosses.
 
 Window after window of each disk: where there is data already it is compared by hash and only
-differing ranges are asked for, elsewhere all is; holes cost nothing on either side. When all is
+differing ranges are asked for, elsewhere all is; holes cost nothing on either side. A few windows
+are asked for ahead, and answered in that order, so that the link is never idle. When all is
 synced, every hash is compared once more with what is on disk. Run again it goes on where it was,
 because what is there already compares as equal.
 """
@@ -10,8 +11,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import trio
 
@@ -25,10 +29,14 @@ from replicator.restore import check_fits, opened
 from replicator.transfers import OneImage, differing
 
 _WINDOW_BYTES = 64 * m.MIB
-# Asked for at once: few enough that the requests fit in any socket buffer while answers come.
-_READS_MAX = 16
+# Asked for ahead, so that a link's delay is waited for once: few enough requests to fit in any
+# socket buffer while answers come, and few enough bytes to bound the hashes that wait there.
+_REQUESTS_MAX = 64
+_AHEAD_BYTES = 4 * _WINDOW_BYTES
 
 assert _WINDOW_BYTES <= m.HASH_LENGTH_MAX
+
+_Request: TypeAlias = m.HashRequest | m.ReadRequest
 
 
 async def restore_from(
@@ -89,66 +97,104 @@ class _Copy:
 
     async def all(self) -> None:
         """Copy what differs."""
-        for disk, size in enumerate(self._sizes):
-            for start in range(0, size, _WINDOW_BYTES):
-                length = min(_WINDOW_BYTES, size - start)
-                ranges = await self._to_read(disk, start, length)
-                for first in range(0, len(ranges), _READS_MAX):
-                    await self._read(disk, ranges[first : first + _READS_MAX])
-                self._advance(length)
+        windows = self._windows()
+        to_read: deque[m.ReadRequest] = deque()
+        asked: deque[_Request] = deque()
+        while await self._ask_ahead(asked, to_read, windows):
+            request = asked.popleft()
+            if isinstance(request, m.ReadRequest):
+                await self._take(request)
+                self._advance(request.length)
+                continue
+            ranges = await self._differing(request)
+            to_read += [m.ReadRequest(request.disk, at, end - at) for at, end in ranges]
+            self._advance(request.length - sum(end - at for at, end in ranges))
+
+    async def _ask_ahead(
+        self,
+        asked: deque[_Request],
+        to_read: deque[m.ReadRequest],
+        windows: Iterator[m.HashRequest],
+    ) -> int:
+        """Ask for what is known to differ, then about the next windows; how much is asked for."""
+        going: list[_Request] = []
+        count = sum(request.length for request in asked)
+        while len(asked) < _REQUESTS_MAX and count < _AHEAD_BYTES:
+            request: _Request | None
+            if to_read:
+                request = to_read.popleft()
+            elif (window := next(windows, None)) is None:
+                break
+            else:
+                request = await trio.to_thread.run_sync(self._to_ask, window)
+            asked.append(request)
+            going.append(request)
+            count += request.length
+        if going:
+            await self._link.send(*going)
+        return len(asked)
 
     async def verify(self, paths: list[Path]) -> None:
         """Compare all with the receiver once more, from the disk where the kernel drops its pages.
 
         Raises FuseDiskError for a difference.
         """
+        for fd in self._fds:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        windows = self._windows()
+        asked = deque(islice(windows, _AHEAD_BYTES // _WINDOW_BYTES))
+        await self._link.send(*asked)
+        while asked:
+            for window in islice(windows, 1):
+                asked.append(window)
+                await self._link.send(window)
+            window = asked.popleft()
+            wrong = await self._differing(window)
+            if wrong:
+                raise FuseDiskError(
+                    f"{paths[window.disk]} differs from the point at byte {wrong[0][0]} after "
+                    "copying; check the disk it is on and run it again"
+                )
+            self._advance(window.length)
+
+    def _windows(self) -> Iterator[m.HashRequest]:
         for disk, size in enumerate(self._sizes):
-            os.posix_fadvise(self._fds[disk], 0, 0, os.POSIX_FADV_DONTNEED)
             for start in range(0, size, _WINDOW_BYTES):
-                length = min(_WINDOW_BYTES, size - start)
-                wrong = await self._differing(disk, start, length)
-                if wrong:
-                    raise FuseDiskError(
-                        f"{paths[disk]} differs from the point at byte {wrong[0][0]} after "
-                        "copying; check the disk it is on and run it again"
-                    )
-                self._advance(length)
+                yield m.HashRequest(disk, start, min(_WINDOW_BYTES, size - start))
 
-    async def _to_read(self, disk: int, start: int, length: int) -> list[tuple[int, int]]:
-        if next(data_extents(self._fds[disk], start, start + length), None) is None:
-            return [(start, start + length)]
-        return await self._differing(disk, start, length)
+    def _to_ask(self, window: m.HashRequest) -> _Request:
+        """Its hashes, or all of it where there is nothing to compare with."""
+        end = window.offset + window.length
+        if next(data_extents(self._fds[window.disk], window.offset, end), None) is None:
+            return m.ReadRequest(window.disk, window.offset, window.length)
+        return window
 
-    async def _differing(self, disk: int, start: int, length: int) -> list[tuple[int, int]]:
-        await self._link.send(m.HashRequest(disk, start, length))
+    async def _differing(self, asked: m.HashRequest) -> list[tuple[int, int]]:
         answer = await self._link.expect(m.Hashes)
-        if (answer.disk, answer.offset, answer.length) != (disk, start, length):
+        if (answer.disk, answer.offset, answer.length) != (asked.disk, asked.offset, asked.length):
             raise m.RemoteProtocolError("peer hashed another range")
         return await trio.to_thread.run_sync(
-            _really_differing, self._fds[disk], answer.segments, self._seed
+            _really_differing, self._fds[asked.disk], answer.segments, self._seed
         )
 
-    async def _read(self, disk: int, ranges: list[tuple[int, int]]) -> None:
-        for start, end in ranges:
-            await self._link.send(m.ReadRequest(disk, start, end - start))
-        for start, end in ranges:
-            position = start
-            while position < end:
-                event = await self._link.receive_soon()
-                match event:
-                    case m.Data() | m.Zero():
-                        length = event.length
-                        where = (event.disk, event.offset)
-                        if where != (disk, position) or length > end - position:
-                            raise m.RemoteProtocolError("peer sent another range than asked for")
-                        await trio.to_thread.run_sync(self._store, event)
-                        position += length
-                    case m.Pong():
-                        pass
-                    case m.Failed():
-                        raise_failed(event)
-                    case _:
-                        raise LinkLost("the receiver is shutting down")
+    async def _take(self, asked: m.ReadRequest) -> None:
+        position, end = asked.offset, asked.offset + asked.length
+        while position < end:
+            event = await self._link.receive_soon()
+            match event:
+                case m.Data() | m.Zero():
+                    length = event.length
+                    where = (event.disk, event.offset)
+                    if where != (asked.disk, position) or length > end - position:
+                        raise m.RemoteProtocolError("peer sent another range than asked for")
+                    await trio.to_thread.run_sync(self._store, event)
+                    position += length
+                case m.Pong():
+                    pass
+                case m.Failed():
+                    raise_failed(event)
+                case _:
+                    raise LinkLost("the receiver is shutting down")
 
     def _store(self, event: m.Data | m.Zero) -> None:
         fd = self._fds[event.disk]
