@@ -1,9 +1,7 @@
 """A stream that speaks the protocol: events in, events out."""
 
-import array
-import fcntl
-import termios
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
 import trio
@@ -17,6 +15,7 @@ from replicator.messages import (
     Pong,
     RemoteProtocolError,
 )
+from replicator.transport.unsent import unsent_bytes
 from replicator.wire import Connection, Role, State
 
 Expected = TypeVar("Expected", bound=Event)
@@ -59,6 +58,7 @@ class Link:
         self._connection = Connection(role)
         # Invariant: buffers reach the stream in the order in which the protocol saw the events.
         self._sending = trio.Lock()
+        self._put_scope: trio.CancelScope | None = None
         self.received_bytes = self._received = 0
         self._ahead = memoryview(bytearray(_AHEAD_BYTES))
         self._waiting = self._ahead[:0]
@@ -73,11 +73,16 @@ class Link:
                 # A peer may go at any time, also while it is being answered: no fault of ours.
                 raise LinkLost("the peer has ended the session")
             try:
-                await self._write([b for event in events for b in self._connection.send(event)])
+                buffers = [b for event in events for b in self._connection.send(event)]
+                self._going(events)
+                await self._write(buffers)
             except trio.TooSlowError as error:
                 raise LinkLost("the peer takes no more data") from error
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise _lost(error) from error
+
+    def _going(self, events: Sequence[Event]) -> None:
+        """Called as the bytes of events begin to go out."""
 
     async def _write(self, buffers: Sequence[Buffer]) -> None:
         await self._put(buffers)
@@ -89,7 +94,7 @@ class Link:
             return
         for buffer in buffers:
             for at in range(0, len(buffer), _WRITE_BYTES):
-                with trio.fail_after(self.silence_seconds_max):
+                with self._patience():
                     await self._stream.send_all(buffer[at : at + _WRITE_BYTES])
                 self.on_moved()
 
@@ -99,7 +104,7 @@ class Link:
         views = [memoryview(buffer) for buffer in buffers]
         first = 0
         while first < len(views):
-            with trio.fail_after(self.silence_seconds_max):
+            with self._patience():
                 done = await socket.sendmsg(views[first : first + _BUFFERS_A_CALL_MAX])
             self.on_moved()
             while first < len(views) and done >= len(views[first]):
@@ -107,6 +112,12 @@ class Link:
                 first += 1
             if done:
                 views[first] = views[first][done:]
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Raises TooSlowError where the peer neither takes what is put nor says anything."""
+        with trio.fail_after(self.silence_seconds_max) as self._put_scope:
+            yield
 
     async def receive(self) -> Event:
         """The next event. Raises LinkLost at the end, RemoteProtocolError on a broken rule."""
@@ -132,6 +143,9 @@ class Link:
             # Inside a frame or not: the network may cut anywhere, and no rule was broken.
             raise LinkLost("the peer closed the connection")
         self.received_bytes += self._received
+        if self._put_scope is not None:
+            # A peer that is busy for long takes nothing, but says that it lives.
+            self._put_scope.deadline = trio.current_time() + self.silence_seconds_max
 
     def recycle(self, data: memoryview) -> None:
         """Use the buffer of a Data's bytes again, which nobody may look at any more."""
@@ -149,11 +163,8 @@ class Link:
                 raise LinkLost(f"the peer has been silent for {self.silence_seconds_max:g} s")
 
     def _unsent(self) -> int:
-        """Bytes that were written and that the peer's host has not got, where that is known."""
-        stream = self._stream
-        if isinstance(stream, trio.SSLStream):
-            stream = stream.transport_stream
-        return unsent_bytes(stream.socket) if isinstance(stream, trio.SocketStream) else 0
+        """Bytes that were written and that have not left for the peer, where that is known."""
+        return unsent_bytes(self._stream)
 
     async def expect(self, kind: type[Expected]) -> Expected:
         """The next event other than a Pong, which must be a ``kind``.
@@ -197,16 +208,6 @@ class Link:
     async def close(self) -> None:
         """Close the stream, whatever state the conversation is in."""
         await trio.aclose_forcefully(self._stream)
-
-
-def unsent_bytes(socket: trio.socket.SocketType) -> int:
-    """What is in a socket's send queue (tcp(7), unix(7): SIOCOUTQ)."""
-    count = array.array("i", [0])
-    try:
-        fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, count)
-    except OSError:
-        return 0
-    return count[0]
 
 
 def _lost(error: Exception) -> LinkLost:

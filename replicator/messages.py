@@ -290,8 +290,12 @@ class Ping(Message, frozen=True):
     nonce: U64
 
 
+SIGN_OF_LIFE = 0
+"""The nonce of a `Pong` that answers nothing."""
+
+
 class Pong(Message, frozen=True):
-    """The answer to a `Ping`, with its nonce."""
+    """The answer to a `Ping`, with its nonce, or a sign of life during a long step."""
 
     nonce: U64
 

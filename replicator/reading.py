@@ -19,9 +19,10 @@ _SILENCE_SECONDS_MAX = 900.0
 
 async def serve_reads(link: Link, store: Store, asked: m.Restore, seed: int) -> None:
     """Answer until the peer's last word. Raises FuseDiskError, LinkLost, OSError."""
-    async with saying_that_it_lives(link):
-        point = await trio.to_thread.run_sync(LivePoint, store, asked.name, asked.point)
+    point: LivePoint | None = None
     try:
+        async with saying_that_it_lives(link):
+            point = await trio.to_thread.run_sync(LivePoint, store, asked.name, asked.point)
         disks = [m.DiskInfo(d.name, d.size, d.chunk_size) for d in point.disks]
         chosen = point.point
         await link.send(m.Restorable(chosen.id, chosen.generation, chosen.epoch, disks))
@@ -43,8 +44,9 @@ async def serve_reads(link: Link, store: Store, asked: m.Restore, seed: int) -> 
                 case m.Bye() | m.Failed():
                     return
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(point.close)
+        if point is not None:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(point.close)
 
 
 async def _send_range(link: Link, point: LivePoint, asked: m.ReadRequest) -> None:

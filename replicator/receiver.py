@@ -14,8 +14,9 @@ import trio
 
 from fusedisk.errors import FuseDiskError
 from replicator import messages as m
+from replicator.active import Active
 from replicator.admission import Admission
-from replicator.beating import saying_that_it_lives
+from replicator.beating import Beat, saying_that_it_lives
 from replicator.eventqueue import EventQueue
 from replicator.holding import FULL
 from replicator.journal import JournalDamaged
@@ -35,7 +36,6 @@ log = logging.getLogger("replicator.receiver")
 _IO_ERRORS = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV, errno.EROFS, errno.ESTALE})
 _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
-_PROBE_SECONDS = 2.0
 # Questions that a session may have waiting for the disk; an honest sender waits for each answer.
 _PINGS_MAX = 16
 
@@ -45,45 +45,12 @@ Authenticate: TypeAlias = Callable[[], Awaitable[str | None]]
 """Finds out who the peer is: what to refuse it with, or None. Raises trio.BrokenResourceError."""
 
 
-class _Active:
-    """A session that holds a replica, so that a newer one of the same source can take over."""
-
-    def __init__(self, link: Link, opening: m.Open | m.Resolve) -> None:
-        self.source_id = opening.source_id
-        self.instance = opening.instance if isinstance(opening, m.Open) else None
-        self.scope = trio.CancelScope()
-        self.ended = trio.Event()
-        self._answered = trio.Event()
-        self._link = link
-
-    def pong(self) -> None:
-        """The peer answered a Ping."""
-        self._answered.set()
-
-    async def alive(self) -> bool:
-        """Whether the peer is still there: it answers a Ping, or goes on with a long frame."""
-        self._answered = trio.Event()
-        with trio.move_on_after(_PROBE_SECONDS / 2):
-            try:
-                await self._link.send(m.Ping(0))
-                await self._answered.wait()
-            except (LinkLost, m.LocalProtocolError, m.RemoteProtocolError):
-                return False
-        if not self._answered.is_set():
-            # By now what a dead peer had left in the buffers has been read.
-            heard = self._link.received_bytes
-            with trio.move_on_after(_PROBE_SECONDS / 2):
-                await self._answered.wait()
-            return self._answered.is_set() or self._link.received_bytes > heard
-        return True
-
-
 class Receiver:
     """Sessions over one store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._active: dict[str, _Active] = {}
+        self._active: dict[str, Active] = {}
         self._admission = Admission()
 
     async def serve(
@@ -150,37 +117,29 @@ class Receiver:
             return
         active = await self._claim(link, asked)
         try:
-            answer, _ = await self._taking_turns(asked, _settle, self._store, asked)
+            async with saying_that_it_lives(link):
+                answer, _ = await self._taking_turns(asked, _settle, self._store, asked)
             await link.send(answer)
         finally:
             del self._active[asked.name]
             active.ended.set()
 
-    async def _claim(self, link: Link, opening: m.Open | m.Resolve) -> _Active:
+    async def _claim(self, link: Link, opening: m.Open | m.Resolve) -> Active:
         while (older := self._active.get(opening.name)) is not None:
-            if older.source_id != opening.source_id:
-                raise FuseDiskError(
-                    f"replica {opening.name} is receiving from another source; choose another name"
-                )
-            # One process has one link, so an older session of the same instance is half open.
-            if (
-                isinstance(opening, m.Open)
-                and older.instance != opening.instance
-                and await older.alive()
-            ):
-                raise FuseDiskError(
-                    f"replica {opening.name} has another sender, which answers; stop that one, "
-                    "or choose another --name"
-                )
-            older.scope.cancel()
-            await older.ended.wait()
-        active = _Active(link, opening)
+            async with saying_that_it_lives(link):
+                await older.give_way(opening)
+        active = Active(link, opening)
         self._active[opening.name] = active
         return active
 
-    async def _run(self, link: Link, hello: m.Hello, opening: m.Open, active: _Active) -> None:
-        replica, turn = await self._taking_turns(opening, _open, self._store, hello, opening)
+    async def _run(self, link: Link, hello: m.Hello, opening: m.Open, active: Active) -> None:
+        replica: Replica | None = None
         try:
+            async with saying_that_it_lives(link):
+                replica, turn = await self._taking_turns(
+                    opening, _open, self._store, hello, opening
+                )
+            assert replica is not None
             manifest = replica.manifest
             state = "new" if replica.status == "new" else manifest.state
             await link.send(
@@ -202,8 +161,9 @@ class Receiver:
                     await _work(*(link, replica, queue, hello.seed, opening.generation, nursery))
                     nursery.cancel_scope.cancel()
         finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(replica.close)
+            if replica is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(replica.close)
 
     async def _taking_turns(
         self,
@@ -233,7 +193,7 @@ class Receiver:
                 asked = True
             await trio.sleep(_TURN_POLL_SECONDS / 2)
 
-    async def _give_way(self, opening: m.Open, turn: Turn | None, active: _Active) -> None:
+    async def _give_way(self, opening: m.Open, turn: Turn | None, active: Active) -> None:
         while True:
             await trio.sleep(_TURN_POLL_SECONDS)
             last = await trio.to_thread.run_sync(read_turn, self._store.path, opening.name)
@@ -319,8 +279,11 @@ async def _work(
     checkpointing = trio.Lock()
     proof = DiskProof(replica.prove)
     answering = trio.Semaphore(_PINGS_MAX)
+    beat = Beat(link)
+    nursery.start_soon(beat.keep)
     while True:
-        event = await queue.take()
+        with beat.resting():
+            event = await queue.take()
         match event:
             case list():
                 for transfer in event:
@@ -330,8 +293,7 @@ async def _work(
                     if isinstance(transfer, m.Data):
                         link.recycle(transfer.data)
             case m.HashRequest():
-                async with saying_that_it_lives(link):
-                    hashes = await trio.to_thread.run_sync(_hash, replica, event, seed)
+                hashes = await trio.to_thread.run_sync(_hash, replica, event, seed)
                 await link.send(hashes)
             case m.Checkpoint():
                 # Beside what follows; one that comes while another is noted is let go.
@@ -345,14 +307,12 @@ async def _work(
             case m.Commit():
                 if (event.transfers, event.digest) != (digest.count, digest.value()):
                     raise m.RemoteProtocolError("the pass is not the one that was sent")
-                async with saying_that_it_lives(link):
-                    await trio.to_thread.run_sync(_commit, replica, event)
+                await trio.to_thread.run_sync(_commit, replica, event)
                 await link.send(m.Committed(event.generation, event.epoch))
                 # Beside the next pass; commit, promote and hashes wait for it.
                 nursery.start_soon(trio.to_thread.run_sync, replica.apply)
             case m.Promote():
-                async with saying_that_it_lives(link):
-                    await trio.to_thread.run_sync(replica.promote, event.token, event.epoch)
+                await trio.to_thread.run_sync(replica.promote, event.token, event.epoch)
                 await link.send(m.Promoted(event.token, event.epoch))
             case m.Abort():
                 await trio.to_thread.run_sync(replica.abort, event.token)

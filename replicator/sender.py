@@ -95,18 +95,19 @@ class Session:
         with trio.fail_after(_ANSWER_SECONDS_MAX):
             await self._link.send(m.Hello([1], purpose, self.seed))
             await self._link.expect(m.Welcome)
-            disks = [m.DiskInfo(d.name, d.size, d.chunk_size) for d in record.disks]
-            await self._link.send(
-                m.Open(
-                    self._name,
-                    record.source_id,
-                    self._instance,
-                    record.generation,
-                    self._source.control.epoch,
-                    disks,
-                )
+        disks = [m.DiskInfo(d.name, d.size, d.chunk_size) for d in record.disks]
+        await self._link.send(
+            m.Open(
+                self._name,
+                record.source_id,
+                self._instance,
+                record.generation,
+                self._source.control.epoch,
+                disks,
             )
-            return await self._link.expect(m.Opened)
+        )
+        # However long the target recovers the replica, it says meanwhile that it lives.
+        return await self._link.expect(m.Opened)
 
     async def synchronise(self, opened: m.Opened) -> None:
         """Bring the target to a committed epoch of this generation.
@@ -204,7 +205,7 @@ class Session:
 
     async def ping(self) -> None:
         """Prove the round trip through the target's worker and disk. Raises LinkLost."""
-        nonce = secrets.randbits(32)
+        nonce = 1 + secrets.randbits(32)
         await self._link.send(m.Ping(nonce))
         while True:
             # No time limit of its own: much may be on its way before it over a slow link.

@@ -14,6 +14,7 @@ from fusedisk.errors import FuseDiskError
 from fusedisk.replicas import Sent
 from replicator.link import Buffer, Link, LinkLost, raise_failed
 from replicator.messages import (
+    SIGN_OF_LIFE,
     Bye,
     Commit,
     Committed,
@@ -68,7 +69,7 @@ class SenderLink(Link):
         self._failure: Exception | None = None
         self._last_word: Event | None = None
         self._ended = trio.Event()
-        self.answers = Answers(trio.current_time)
+        self.answers = Answers(trio.current_time, self._unsent)
         self.on_moved = self.answers.moved
         self._keepalives: set[int] = set()
         self.on_end: Callable[[], None] = lambda: None
@@ -86,6 +87,9 @@ class SenderLink(Link):
                 if isinstance(event, Pong) and event.nonce in self._keepalives:
                     self._keepalives.discard(event.nonce)
                     continue
+                if isinstance(event, Pong) and event.nonce == SIGN_OF_LIFE:
+                    self._pass_on(event)
+                    continue
                 if isinstance(event, Failed | Bye):
                     self._last_word = event
                 await self._queue.send(event)
@@ -97,13 +101,19 @@ class SenderLink(Link):
             self._ended.set()
             self.on_end()
 
+    def _pass_on(self, sign: Pong) -> None:
+        # Whoever waits for an answer waits on; kept for nobody, signs would fill the queue during
+        # a long pass, and no more would be read.
+        if self._events.statistics().tasks_waiting_receive:
+            self._queue.send_nowait(sign)
+
     async def keep_asking(self) -> None:
         """Ask now and then whether the target's disk answers; the session has to be open."""
         try:
             while True:
                 await trio.sleep(KEEPALIVE_SECONDS)
                 if not self.answers.outstanding:
-                    nonce = secrets.randbits(32)
+                    nonce = 1 + secrets.randbits(32)
                     self._keepalives.add(nonce)
                     await self.send(Ping(nonce))
         except (LinkLost, LocalProtocolError, RemoteProtocolError, FuseDiskError, OSError):
@@ -121,9 +131,6 @@ class SenderLink(Link):
     async def send(self, *events: Event) -> None:
         """Raises why the conversation ended, where the peer said so: Refused or LinkLost."""
         self.raise_ended()
-        for event in events:
-            if isinstance(event, Ping | Commit | Promote):
-                self.answers.asked(_question(event))
         try:
             await super().send(*events)
         except (LinkLost, LocalProtocolError):
@@ -143,6 +150,12 @@ class SenderLink(Link):
             raise LinkLost("the connection was lost")
         if self._failure is not None:
             raise self._failure
+
+    def _going(self, events: Sequence[Event]) -> None:
+        # Not before: who asks may have waited for long until those before had sent theirs.
+        for event in events:
+            if isinstance(event, Ping | Commit | Promote):
+                self.answers.asked(_question(event))
 
     async def _write(self, buffers: Sequence[Buffer]) -> None:
         try:

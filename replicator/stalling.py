@@ -14,8 +14,10 @@ _HEARD_SECONDS = 3.0
 class Answers:
     """What one link waits for."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], unsent: Callable[[], int]) -> None:
+        """``unsent`` says how many bytes were taken and have not gone on."""
+        self._clock, self._unsent = clock, unsent
+        self._left = 0
         self._asked: dict[Hashable, float] = {}
         self._heard_at = self._moved_at = clock()
         self._writing = False
@@ -44,9 +46,17 @@ class Answers:
         return bool(self._asked)
 
     def trouble(self) -> str | None:
-        """What a person should know, for as long as it lasts."""
+        """What a person should know, for as long as it lasts; to be asked every few seconds.
+
+        Nothing as long as bytes move, be it only out of the kernel's buffers.
+        """
         now = self._clock()
-        waits = [now - since for since in self._asked.values()]
+        left = self._unsent()
+        if left < self._left:
+            self._moved_at = now
+        self._left = left
+        # Over a slow link a question is behind all that goes before it.
+        waits = [now - max(since, self._moved_at) for since in self._asked.values()]
         if self._writing:
             waits.append(now - self._moved_at)
         longest = max(waits, default=0.0)

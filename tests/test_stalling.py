@@ -103,7 +103,7 @@ def _stall_and_heal(pair: Pair) -> None:
 
 def test_bytes_that_are_taken_are_no_stall() -> None:
     now = [0.0]
-    answers = Answers(lambda: now[0])
+    answers = Answers(lambda: now[0], lambda: 0)
     answers.writing(True)
     for _ in range(10):
         now[0] += STALLED_SECONDS - 1

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from replicator.running import first_error
+from replicator.transport.unsent import unsent_bytes
 
 log = logging.getLogger("replicator.command")
 
@@ -52,6 +53,10 @@ class ProcessStream(trio.abc.Stream):
             raise await self._ending()
         self._received = True
         return bytes(data)
+
+    def unsent_bytes(self) -> int:
+        """What the command has not read."""
+        return unsent_bytes(self._stdin)
 
     async def aclose(self) -> None:
         """Close the pipes; a command that reads its input then ends."""

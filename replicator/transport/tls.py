@@ -8,6 +8,7 @@ from typing import Final
 import trio
 
 from fusedisk.errors import FuseDiskError
+from replicator.transport.unsent import unsent_bytes
 
 _DEFAULT_PLACES: Final = (Path("~/.config/fusedisk/tls"), Path("/etc/fusedisk/tls"))
 _MAKE_KEYS = "make keys with 'replicator keys' and give their directory as --tls"
@@ -112,6 +113,10 @@ class TlsStream(trio.abc.Stream):
         """Raises FuseDiskError if the certificate was refused, else as SSLStream does."""
         with self._explained():
             return await self._stream.receive_some(max_bytes)
+
+    def unsent_bytes(self) -> int:
+        """What the socket below has not sent."""
+        return unsent_bytes(self._stream)
 
     async def aclose(self) -> None:
         """Close."""
