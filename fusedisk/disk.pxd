@@ -16,6 +16,7 @@ cdef struct DiskIO:
     uint32_t index
     uint64_t size
     uint32_t alignment
+    uint32_t hole_block
     Mapping *mapping
     char *control
     Marks marks

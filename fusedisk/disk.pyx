@@ -28,7 +28,9 @@ cdef extern from *:
     #include <errno.h>
     #include <fcntl.h>
     #include <linux/falloc.h>
+    #include <linux/fs.h>
     #include <stdint.h>
+    #include <sys/ioctl.h>
     #include <unistd.h>
 
     static int64_t fd_pread_all(int fd, char *into, uint64_t length, int64_t offset)
@@ -67,6 +69,13 @@ cdef extern from *:
         } while (failed && errno == EINTR);
         return failed ? -errno : 0;
     }
+    /* What holes begin and end at: a device's logical blocks. A file takes any byte. */
+    static uint32_t fd_hole_block(int fd)
+    {
+        int block = 0;
+        return ioctl(fd, BLKSSZGET, &block) == 0 && block > 0 ? block : 1;
+    }
+    static const char fd_zeros[4096] __attribute__((aligned(4096)));
     static int64_t fd_seek(int fd, int64_t offset, int whence)
     {
         /* The shared file offset moves, which nobody uses: all I/O here names its own. */
@@ -87,6 +96,8 @@ cdef extern from *:
     int64_t fd_pread_all(int fd, char *into, uint64_t length, int64_t offset) nogil
     int64_t fd_pwrite_all(int fd, const char *data, uint64_t length, int64_t offset) nogil
     int fd_punch(int fd, int64_t offset, int64_t length) nogil
+    uint32_t fd_hole_block(int fd) nogil
+    const char *fd_zeros
     int64_t fd_seek(int fd, int64_t offset, int whence) nogil
     int fd_flush(int fd, int data_only) nogil
     uint64_t fd_count(uint64_t *sum, uint64_t add) nogil
@@ -102,6 +113,9 @@ cdef extern from *:
 # that, or comes before any flush, is left to the kernel's own writeback.
 cdef uint64_t _STEP_BYTES_MIN = 8 << 20
 cdef uint64_t _STEP_BYTES_MAX = 256 << 20
+
+
+cdef uint64_t _ZEROS = 4096
 
 
 cdef inline void _count_dirty(DiskIO *disk, uint64_t length) noexcept nogil:
@@ -185,6 +199,33 @@ cdef int64_t disk_write(
     return result
 
 
+cdef int64_t _write_zeros(DiskIO *disk, uint64_t at, uint64_t end) noexcept nogil:
+    cdef int64_t done = 0
+    while at < end and done >= 0:
+        if disk.alignment:
+            done = direct_write(disk.fd, disk.alignment, fd_zeros, min(end - at, _ZEROS), at)
+        else:
+            done = fd_pwrite_all(disk.fd, fd_zeros, min(end - at, _ZEROS), at)
+        at += <uint64_t>max(done, 0)
+    return min(done, 0)
+
+
+cdef int64_t _punch(DiskIO *disk, uint64_t at, uint64_t end) noexcept nogil:
+    """Make a hole of a marked range; at its edges parts of a device's blocks become zeros."""
+    cdef uint64_t block = disk.hole_block
+    cdef uint64_t first = (at + block - 1) // block * block
+    cdef uint64_t last = end // block * block
+    cdef int64_t result
+    if first >= last:
+        return _write_zeros(disk, at, end)
+    result = fd_punch(disk.fd, first, last - first)
+    if result == 0:
+        result = _write_zeros(disk, at, first)
+    if result == 0:
+        result = _write_zeros(disk, last, end)
+    return result
+
+
 cdef int64_t disk_zero(
     DiskIO *disk, Py_ssize_t slot, uint64_t offset, uint64_t length
 ) noexcept nogil:
@@ -221,7 +262,7 @@ cdef int64_t disk_zero(
         if result == 0:
             result = _mark(disk, epoch, at, hole - data)
         if result == 0:
-            result = fd_punch(disk.fd, data, hole - data)
+            result = _punch(disk, at, hole)
         if result:
             break
         at = hole
@@ -281,6 +322,7 @@ cdef class Disk:
         self.io.fd, self.io.size = fd, changes.size
         self.io.read_only = read_only
         self.io.alignment = direct_alignment(fd)
+        self.io.hole_block = fd_hole_block(fd)
         self.io.control = control.base
         self.io.marks = changes.map
         self.io.activity = NULL if activity is None else &activity.log

@@ -170,14 +170,14 @@ def fuse(tmp_path: Path) -> Iterator[Callable[..., Mount]]:
 
 
 @pytest.fixture
-def loop_device(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
+def loop_device(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Attach a file to a loop device until the test is over; request it before ``fuse``."""
     attached: list[str] = []
 
-    def attach(backing: Path) -> Path:
+    def attach(backing: Path, *options: str) -> Path:
         try:
             result = subprocess.run(
-                ["losetup", "--find", "--show", str(backing)],
+                ["losetup", "--find", "--show", *options, str(backing)],
                 capture_output=True,
                 text=True,
                 check=False,

@@ -108,6 +108,29 @@ def test_what_is_refused_changes_nothing(
     assert full.changed() == [0]
 
 
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_a_device_of_large_blocks_takes_any_range(
+    tmp_path: Path,
+    loop_device: Callable[..., Path],
+    fuse: Callable[..., Mount],
+    cache: str,
+) -> None:
+    """It makes holes of whole blocks only, and nothing tells a guest so."""
+    backing = tmp_path / "backing"
+    content = bytearray(b"d" * MIB)
+    backing.write_bytes(content)
+    mount = fuse(loop_device(backing, "--sector-size", "4096"))
+    mount.mount("--cache", cache)
+    ranges = [(512, 512), (8192, 4096), (16384 - 512, 4608), (65536 - 1, 2), (131072 + 7, 70_001)]
+    for (offset, length), mode in zip(ranges, [PUNCH | KEEP, ZERO, ZERO | KEEP] * 2, strict=False):
+        assert fallocate(mount.disk(), mode, offset, length) == 0
+        content[offset : offset + length] = bytes(length)
+        assert mount.disk().read_bytes() == content
+    assert mount.changed() == [4]
+    mount.unmount()
+    assert mount.images[0].read_bytes() == content
+
+
 def test_a_discard_of_a_whole_sparse_disk_marks_nothing(
     tmp_path: Path, fuse: Callable[..., Mount]
 ) -> None:
