@@ -401,6 +401,9 @@ cdef class DataPath:
                     await_parked(&self._parking)
                     while not fd_load_int(&self._stopping):
                         if held(self._disks[0].control) == GATED:
+                            if not any_parked(&self._parking):
+                                # Whoever parks the next one wakes us.
+                                break
                             if polls % _LEASE_POLLS == 0:
                                 # Invariant: only what came before the question is refused. The
                                 # answer may have changed by the time that another write comes.

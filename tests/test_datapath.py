@@ -229,6 +229,22 @@ def test_reads_go_on_behind_very_many_held_writes(kernel: Kernel) -> None:
     assert kernel.image.read_bytes()[: 1 << 20] == b"w" * (1 << 20)
 
 
+def test_nobody_is_asked_while_nothing_is_held(kernel: Kernel) -> None:
+    """A mount may stand by for days; each question reads a file."""
+    asked: list[int] = []
+
+    def standing_by() -> bool:
+        asked.append(kernel.sent)
+        return True
+
+    kernel.check_lease = standing_by
+    kernel.control.set_gate(True)
+    for number in range(3):
+        assert kernel.ask(WRITE, 2, write_request(0, b"early"))[0] == -errno.EROFS
+        time.sleep(0.1)
+        assert len(asked) == number + 1
+
+
 def test_a_refusal_is_for_what_came_before_the_question(kernel: Kernel) -> None:
     """A mount that stands by is promoted, and its guest writes, right after it was asked."""
     late: list[int] = []
