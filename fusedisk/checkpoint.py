@@ -84,9 +84,13 @@ async def checkpoint(
 
 
 async def keep_checkpoints(
-    activity: ActivityLog, state: Path, control: Control, images: Sequence[int]
+    activity: ActivityLog, state: Path, control: Control, images: Sequence[int], working: trio.Lock
 ) -> None:
-    """Checkpoints until cancelled or until one fails; the mount goes on without them."""
+    """Checkpoints until cancelled or until one fails; the mount goes on without them.
+
+    ``working`` is held during each. Whoever is to end the process soon takes it first: one that is
+    cancelled leaves its sync in a thread, and until that returns the process does not end.
+    """
     paths = [f"/proc/self/fd/{fd}" for fd in images]
     paths += [str(state / f"{index}.map") for index in range(len(images))]
     # Invariant: a guest's flush, and the last one, still meet the errors that we meet.
@@ -95,9 +99,10 @@ async def keep_checkpoints(
         await trio.sleep(_SECONDS)
         if control.gated or control.fenced:
             continue
-        try:
-            await checkpoint(activity, state, control, files, kept=REGIONS_KEPT)
-        except (OSError, OverflowError) as error:
-            log.error("a checkpoint failed (%s): after a crash replicas are compared", error)
-            await trio.to_thread.run_sync(try_to_give_up, state)
-            return
+        async with working:
+            try:
+                await checkpoint(activity, state, control, files, kept=REGIONS_KEPT)
+            except (OSError, OverflowError) as error:
+                log.error("a checkpoint failed (%s): after a crash replicas are compared", error)
+                await trio.to_thread.run_sync(try_to_give_up, state)
+                return

@@ -30,7 +30,8 @@ FLUSH_FAILED = 74
 
 _RESTART_SECONDS_MAX = 10.0
 _WORKED_SECONDS = 10.0
-# A mount that is gone again by then never had use for a spare server.
+# A mount that is gone again by then never had use for a spare server. Where one server died, the
+# next may soon: then a spare is made at once.
 _SPARE_SECONDS = 1.0
 _SPARE_RETRY_SECONDS = 5.0
 # Of servers that are to replace another: one that was killed says nothing about the installed code.
@@ -116,6 +117,11 @@ class Server:
                 # A Ctrl-C at the terminal is for the keeper, which unmounts in order.
                 start_new_session=True,
             )
+        except BaseException:
+            # It is tried again, maybe for hours, by a keeper that has only so many descriptors.
+            os.close(self._reports)
+            os.close(self._go)
+            raise
         finally:
             os.close(told)
             os.close(wait)
@@ -138,8 +144,11 @@ class Server:
 
     def close(self) -> None:
         """End one that has not begun, and forget one that has ended."""
-        os.close(self._go)
+        # Killed, not asked: while it loads its code it hears nothing, and the keeper would wait for
+        # it. It holds no state yet.
+        self.process.kill()
         self.process.wait()
+        os.close(self._go)
         os.close(self._reports)
 
 
@@ -243,8 +252,8 @@ class Keeper:
 
     def _watch(self, server: Server) -> int:
         """Wait for the server's end, meanwhile keeping a spare; its status."""
-        seconds: float = _SPARE_SECONDS
-        self._spare_due = time.monotonic() + _SPARE_SECONDS
+        seconds = 0.0 if self._restarts else _SPARE_SECONDS
+        self._spare_due = time.monotonic() + seconds
         while (status := server.process.poll()) is None:
             caught = signal.sigtimedwait(SIGNALS, seconds)
             if caught is not None and caught.si_signo in (signal.SIGTERM, signal.SIGINT):
@@ -273,7 +282,10 @@ class Keeper:
             return
         # Back-off: a server that cannot start is not started in a tight loop.
         self._failures = 0 if worked else self._failures + 1
-        delay = min(0.05 * 2**self._failures, _RESTART_SECONDS_MAX) if self._failures > 1 else 0.0
+        delay = 0.0
+        if self._failures > 1:
+            # Bounded before the power is taken: in days of failures it outgrows what is a float.
+            delay = min(0.05 * 2 ** min(self._failures, 10), _RESTART_SECONDS_MAX)
         how = f"signal {-status}" if status < 0 else f"status {status}"
         log.warning("the disk server ended with %s; starting another in %.1f s", how, delay)
         time.sleep(delay)

@@ -90,12 +90,15 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     )
     # libfuse 3.3 and later takes a descriptor that speaks FUSE in place of a mountpoint.
     pyfuse3.init(operations, f"/dev/fd/{path.session.detach()}", set())
+    checkpointing = trio.Lock()
     try:
         async with trio.open_nursery() as background:
             if activity is not None and not record.read_only:
-                background.start_soon(keep_checkpoints, activity, state, control, fds)
+                background.start_soon(
+                    keep_checkpoints, activity, state, control, fds, checkpointing
+                )
             background.start_soon(_watch_promotion, gate)
-            unmounted = await _run(path, arguments, control, resume)
+            unmounted = await _run(path, arguments, control, resume, checkpointing)
             background.cancel_scope.cancel()
     finally:
         pyfuse3.close(unmount=False)
@@ -122,7 +125,11 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
 
 
 async def _run(
-    path: DataPath, arguments: argparse.Namespace, control: Control, resume: bool
+    path: DataPath,
+    arguments: argparse.Namespace,
+    control: Control,
+    resume: bool,
+    checkpointing: trio.Lock,
 ) -> bool:
     """Serve; true at the end of the mount, false when told to make room for another server."""
     limiter = trio.CapacityLimiter(math.inf)
@@ -160,7 +167,7 @@ async def _run(
                 helpers.start_soon(native, path.release_parked, _THREADS)
                 helpers.start_soon(native, path.write_back)
                 async with trio.open_nursery() as threads:
-                    signals = await threads.start(_drain_on_signal, path)
+                    signals = await threads.start(_drain_on_signal, path, checkpointing)
 
                     async def serve(slot: int) -> None:
                         nonlocal unmounted
@@ -182,11 +189,17 @@ async def _run(
 
 
 async def _drain_on_signal(
-    path: DataPath, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
+    path: DataPath,
+    checkpointing: trio.Lock,
+    task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.CancelScope() as scope, trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        # What came before waits until here (see main).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         task_status.started(scope)
-        async for _ in signals:
+        await anext(signals)
+        # Served until then: while a checkpoint syncs, this process cannot make room.
+        async with checkpointing:
             while True:
                 path.stop()
                 await trio.sleep(0.005)
@@ -210,8 +223,14 @@ async def _watch_captures(state: str, control: Control) -> None:
 def _keep(file: Path, request: bytes) -> None:
     """Put the kernel's INIT where the next server of this mount finds it."""
     scratch = file.with_name(file.name + ".new")
-    scratch.write_bytes(request)
-    scratch.rename(file)
+    try:
+        scratch.write_bytes(request)
+        scratch.rename(file)
+    except OSError as error:
+        log.error("cannot write down how the mount began: %s", error)
+        # Unanswered, it would let whoever looks at the mount wait for ever. Without a server the
+        # keeper takes the mount away again.
+        os._exit(1)
 
 
 def _flush_without_deadlock() -> None:
@@ -251,7 +270,10 @@ def main() -> int:
     _flush_without_deadlock()
     # Only to interrupt a thread that waits for the kernel.
     signal.signal(signal.SIGUSR2, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    # To make room is for a server that serves: until then the signal waits, and once the mount is
+    # gone it is ignored. Invariant: it ends no process that is about to record a clean mount.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGUSR1})
     os.write(arguments.told, b"l")
     word = os.read(arguments.go, 16)
     if not word:
