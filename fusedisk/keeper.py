@@ -31,8 +31,9 @@ FLUSH_FAILED = 74
 _RESTART_SECONDS_MAX = 10.0
 _WORKED_SECONDS = 10.0
 # A mount that is gone again by then never had use for a spare server. Where one server died, the
-# next may soon: then a spare is made at once.
+# next may soon: only its first answers come before the spare, which takes a processor while it loads.
 _SPARE_SECONDS = 1.0
+_SPARE_AGAIN_SECONDS = 0.1
 _SPARE_RETRY_SECONDS = 5.0
 # Of servers that are to replace another: one that was killed says nothing about the installed code.
 _REPLACE_TRIES = 3
@@ -252,7 +253,7 @@ class Keeper:
 
     def _watch(self, server: Server) -> int:
         """Wait for the server's end, meanwhile keeping a spare; its status."""
-        seconds = 0.0 if self._restarts else _SPARE_SECONDS
+        seconds = _SPARE_AGAIN_SECONDS if self._restarts else _SPARE_SECONDS
         self._spare_due = time.monotonic() + seconds
         while (status := server.process.poll()) is None:
             caught = signal.sigtimedwait(SIGNALS, seconds)
