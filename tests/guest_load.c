@@ -47,7 +47,8 @@ static void work(const char *device, int number, int processes, int seconds)
             break;
         case 1: {
             uint64_t range[2] = {at, BLOCK};
-            check(ioctl(fd, BLKZEROOUT, range) == 0, "zero");
+            /* What is discarded reads as zeros too: the server makes a hole of it. */
+            check(ioctl(fd, rand_r(&chance) % 2 ? BLKZEROOUT : BLKDISCARD, range) == 0, "zero");
             written[block] = 0;
             break;
         }

@@ -196,6 +196,21 @@ def test_a_mount_that_cannot_note_its_beginning_fails(
     mount.mount()
 
 
+def test_servers_that_cannot_start_end_with_the_mount(
+    tmp_path: Path, fuse: Callable[..., Mount]
+) -> None:
+    mounted = mount_disks(tmp_path, fuse)
+    log = mounted.state / "keeper.log"
+    (mounted.state / "init").write_bytes(b"")
+    os.kill(mounted.server(), signal.SIGKILL)
+    wait_for(lambda: log.read_text().count("starting another in") >= 6, "servers fail")
+    # By now the kernel has forgotten the attributes, and nobody would answer a stat.
+    result = fusedisk("unmount", mounted.mountpoint)
+    assert result.returncode == 1 and "a flush failed" in result.stderr
+    mounted.wait_ended()
+    assert "not unmounted cleanly" in mounted.mount()
+
+
 def test_the_back_off_is_bounded_after_any_number_of_failures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -130,9 +130,10 @@ def test_killed_at_any_moment_of_an_upgrade(mounted: Mount, load: Load) -> None:
             time.sleep(chance.uniform(0.1, 0.9))
             servers = processes("fusedisk.server", mounted.state)
             os.kill(chance.choice([mounted.server(), *servers]), signal.SIGKILL)
-            _, said = upgrade.communicate(timeout=60)
+            # Longer than the command itself waits.
+            _, said = upgrade.communicate(timeout=90)
         except ProcessLookupError:
-            _, said = upgrade.communicate(timeout=60)
+            _, said = upgrade.communicate(timeout=90)
         finally:
             upgrade.kill()
             upgrade.wait()
