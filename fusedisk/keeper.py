@@ -31,7 +31,7 @@ FLUSH_FAILED = 74
 _RESTART_SECONDS_MAX = 10.0
 _WORKED_SECONDS = 10.0
 # A mount that is gone again by then never had use for a spare server. Where one server died, the
-# next may soon: only its first answers come before the spare, which takes a processor while it loads.
+# next may soon: only its first answers come before the spare, which keeps a processor busy.
 _SPARE_SECONDS = 1.0
 _SPARE_AGAIN_SECONDS = 0.1
 _SPARE_RETRY_SECONDS = 5.0
