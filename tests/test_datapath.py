@@ -80,14 +80,16 @@ class Kernel:
     def send(self, opcode: int, inode: int, body: bytes, length: int | None = None) -> int:
         """Send a request; its number."""
         self.sent += 1
+        # Another thread may send the next one before this returns.
+        number = self.sent
         if length is None:
             length = HEADER.size + len(body)
-        packet = HEADER.pack(length, opcode, self.sent, inode, 0, 0, 0, 0) + body
+        packet = HEADER.pack(length, opcode, number, inode, 0, 0, 0, 0) + body
         while True:
             self.receive()
             try:
                 self.end.send(packet)
-                return self.sent
+                return number
             except BlockingIOError:
                 time.sleep(0.001)
 
