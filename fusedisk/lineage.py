@@ -14,6 +14,7 @@ import msgspec
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.image import Image, stamp
+from fusedisk.sealed import SealBroken, unseal
 
 _MANIFEST_BYTES_MAX = 16 << 20
 
@@ -88,10 +89,11 @@ def _read_manifest(folder: Path) -> _Manifest | None:
     path = folder / ".fusedisk" / "manifest.json"
     try:
         with path.open("rb") as file:
-            return msgspec.json.decode(file.read(_MANIFEST_BYTES_MAX), type=_Manifest)
+            content, _ = unseal(file.read(_MANIFEST_BYTES_MAX))
+        return msgspec.json.decode(content, type=_Manifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, SealBroken, msgspec.MsgspecError) as error:
         raise FuseDiskError(
             f"{path} cannot be read ({error}); find out whether the images belong to a replica"
         ) from None

@@ -21,7 +21,7 @@ from fusedisk.errors import FuseDiskError
 from fusedisk.extents import data_extents
 from replicator.clones import open_clones
 from replicator.images import HashSegment, open_images
-from replicator.manifest import Manifest, Point, manifest_path, read_manifest
+from replicator.manifest import Manifest, Point, load_manifest, manifest_path, read_manifest
 from replicator.pins import Pin
 from replicator.points import chain
 from replicator.records import DATA
@@ -49,6 +49,8 @@ class LivePoint:
         self._directory = store.replica_path(name)
         self._logs: dict[int, tuple[int, int]] = {}
         self._images: list[int] = []
+        self._listed: list[Point] = []
+        self._manifest_fd = -1
         deadline = time.monotonic() + _WAIT_SECONDS_MAX
         while True:
             manifest = _readable(store, name)
@@ -67,7 +69,6 @@ class LivePoint:
             try:
                 self.disks = manifest.disks
                 self._overlays = [Overlay() for _ in self.disks]
-                self._manifest_seen: tuple[int, ...] = ()
                 self._over = open_images(self._directory, self.disks)
                 self._images = list(self._over)
                 self._refresh()
@@ -89,35 +90,51 @@ class LivePoint:
                 self._let_go_of_merged(points)
                 for point in points:
                     self._scan(point)
-                return
+                # Invariant: a file is missing only because it never had a record, or was merged
+                # into one that was looked at already; then the manifest is another one by now.
+                if self._points() is points:
+                    return
             except FileNotFoundError:
                 # It was merged into an older one, which the manifest says by now.
-                self._manifest_seen = ()
+                self._forget_manifest()
         raise PointGone(f"undo records of recovery point {self.point.id} are missing")
 
     def _points(self) -> list[Point]:
-        """The point and those after it, as they are listed now."""
-        status = manifest_path(self._directory).stat()
-        seen = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-        if seen != self._manifest_seen:
-            manifest = read_manifest(self._directory)
-            points = [] if manifest is None or manifest.state == "filling" else manifest.points
-            listed, clone = chain(points, self.point.id)
-            if manifest is not None and manifest.state == "promoted" and clone is None:
-                raise PointGone(_taken(self._directory.name))
-            if manifest is None or not listed or listed[0].id != self.point.id:
-                raise PointGone(
-                    f"recovery point {self.point.id} of replica {self._directory.name!r} is no "
-                    "longer kept; run it again for another one"
-                )
-            if clone is not None and self._clone is None:
-                # Invariant: on record before the images change. The old descriptors stay open, for
-                # whoever has their numbers.
-                self._over = open_clones(self._directory, manifest, clone)
-                self._images += self._over
-                self._clone = clone
-            self._listed, self._manifest_seen = listed, seen
+        """The point and those after it, as they are listed now; the same list if they were then."""
+        path = manifest_path(self._directory)
+        # Held open, so that no other manifest is given its inode.
+        if self._manifest_fd < 0 or not os.path.samestat(path.stat(), os.fstat(self._manifest_fd)):
+            self._forget_manifest()
+            self._manifest_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._listed = self._take_in(load_manifest(self._manifest_fd, path))
+            except BaseException:
+                self._forget_manifest()
+                raise
         return self._listed
+
+    def _take_in(self, manifest: Manifest) -> list[Point]:
+        points = [] if manifest.state == "filling" else manifest.points
+        listed, clone = chain(points, self.point.id)
+        if manifest.state == "promoted" and clone is None:
+            raise PointGone(_taken(self._directory.name))
+        if not listed or listed[0].id != self.point.id:
+            raise PointGone(
+                f"recovery point {self.point.id} of replica {self._directory.name!r} is no "
+                "longer kept; run it again for another one"
+            )
+        if clone is not None and self._clone is None:
+            # Invariant: on record before the images change. The old descriptors stay open, for
+            # whoever has their numbers.
+            self._over = open_clones(self._directory, manifest, clone)
+            self._images += self._over
+            self._clone = clone
+        return listed
+
+    def _forget_manifest(self) -> None:
+        if self._manifest_fd >= 0:
+            os.close(self._manifest_fd)
+        self._manifest_fd = -1
 
     def _let_go_of_merged(self, points: Sequence[Point]) -> None:
         """Begin anew once many files are not those of points any more: older ones hold it all."""
@@ -241,6 +258,7 @@ class LivePoint:
         for fd in [*self._images, *(fd for fd, _ in self._logs.values())]:
             os.close(fd)
         self._images, self._logs = [], {}
+        self._forget_manifest()
         self._pin.close()
 
 

@@ -1,7 +1,8 @@
 """What is durably known about a replica, in `STORE/NAME/.fusedisk/manifest.json`.
 
 It is replaced by rename, so that a crash leaves the old or the new one. A new one is the commit
-record of a pass: see docs/crash-model.md for the order of steps around it.
+record of a pass: see docs/crash-model.md for the order of steps around it. It carries a checksum
+(fusedisk.sealed); version 2, which had none, is still read.
 
 Which combinations there are:
 
@@ -18,6 +19,7 @@ promoted    E      -        no         their guest's, who began with the state a
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,15 +29,17 @@ from typing import Annotated, Literal
 import msgspec
 
 from fusedisk.errors import FuseDiskError
+from fusedisk.sealed import SealBroken, seal, unseal
 from replicator.files import Files
-from replicator.retention import POINTS_MAX, parse_policy
+from replicator.retention import parse_policy
 
 PRIVATE_DIRECTORY = ".fusedisk"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
+_UNSEALED_VERSION = 2
 MAX_ABORTED_TOKENS = 16
 MAX_EPOCH = 2**32 - 1
 _MAX_DISK_SIZE = 2**63 - 1
-_MAX_MANIFEST_BYTES = 16 << 20
+_MANIFEST_BYTES_MAX = 16 << 20
 _MIN_CHUNK, _MAX_CHUNK = 4096, 16 << 20
 
 State = Literal["filling", "following", "promoted"]
@@ -117,7 +121,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     applying: bool
     journal: JournalRef | None
     keep: Text
-    points: Annotated[list[Point], msgspec.Meta(max_length=POINTS_MAX + 1)]
+    points: list[Point]
     next_point: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     token: Text | None
     aborted_tokens: Annotated[list[Text], msgspec.Meta(max_length=MAX_ABORTED_TOKENS)]
@@ -169,24 +173,44 @@ def read_manifest(directory: Path) -> Manifest | None:
     """
     path = manifest_path(directory)
     try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_MANIFEST_BYTES + 1)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise FuseDiskError(f"cannot read manifest {path}: {error.strerror}") from error
-    damaged = f"manifest {path} is damaged"
-    remedy = "restore it, or remove it to adopt the images with unknown history"
-    if len(raw) > _MAX_MANIFEST_BYTES:
-        raise FuseDiskError(f"{damaged} (larger than {_MAX_MANIFEST_BYTES} bytes); {remedy}")
     try:
+        return load_manifest(fd, path)
+    finally:
+        os.close(fd)
+
+
+def load_manifest(fd: int, path: Path) -> Manifest:
+    """As `read_manifest`, of the open file of a manifest."""
+    try:
+        with open(fd, "rb", closefd=False) as file:
+            raw = file.read(_MANIFEST_BYTES_MAX + 1)
+    except OSError as error:
+        raise FuseDiskError(f"cannot read manifest {path}: {error.strerror}") from error
+    damaged = f"manifest {path} is damaged"
+    # No older copy is taken in its place: it may not say yet that the replica was promoted.
+    remedy = (
+        "if the replica was promoted, move its images out of the store, they are its guest's disk; "
+        "if not, remove the manifest, and the source compares them by hash (without older points)"
+    )
+    if len(raw) > _MANIFEST_BYTES_MAX:
+        raise FuseDiskError(f"{damaged} (larger than {_MANIFEST_BYTES_MAX} bytes); {remedy}")
+    try:
+        content, sealed = unseal(raw)
         # The version comes first: another version's fields mean nothing to this one's checks.
-        version = msgspec.json.decode(raw, type=_VersionOnly).version
-        if version == MANIFEST_VERSION:
-            manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        version = msgspec.json.decode(content, type=_VersionOnly).version
+        if version == MANIFEST_VERSION and not sealed:
+            raise SealBroken("it lacks its checksum")
+        known = version == MANIFEST_VERSION or (version == _UNSEALED_VERSION and not sealed)
+        if known:
+            manifest = msgspec.json.decode(content, type=Manifest)
+    except (SealBroken, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FuseDiskError(f"{damaged} ({error}); {remedy}") from error
-    if version != MANIFEST_VERSION:
+    if not known:
         raise FuseDiskError(
             f"manifest {path} has version {version}, only {MANIFEST_VERSION} is known here; "
             "use the release that wrote it"
@@ -198,7 +222,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise FuseDiskError(f"{damaged} ({error}); {remedy}") from error
     if (contradiction := _contradiction(manifest)) is not None:
         raise FuseDiskError(f"{damaged} ({contradiction}); {remedy}")
-    return manifest
+    # An older one is written again as what is written now.
+    return msgspec.structs.replace(manifest, version=MANIFEST_VERSION)
 
 
 def _contradiction(manifest: Manifest) -> str | None:
@@ -234,12 +259,15 @@ def write_manifest(files: Files, directory: Path, manifest: Manifest) -> None:
     Raises OSError; old or new may then be the one on disk.
     """
     path = manifest_path(directory)
+    content = seal(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+    if len(content) > _MANIFEST_BYTES_MAX:
+        # Invariant: whatever is written can be read again.
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     scratch = path.with_name(path.name + ".new")
     with suppress(FileNotFoundError):
         files.unlink(scratch)
     fd = files.create(scratch)
     try:
-        content = msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
         files.write(fd, [content], 0)
         # Invariant: content before name, else the name could lead to an empty file.
         files.sync(fd)

@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 from conftest import Mount, wait_for
+from manifests import edit_manifest
 from proxy import Proxy
 from test_replication import CHUNK, Pair, guest_write
 
@@ -137,9 +137,7 @@ def test_a_manifest_with_a_checkpoint_but_no_fill_is_refused(tmp_path: Path) -> 
             replica.begin(3)
             replica.checkpoint("gen", 3, 0, 4096)
         file = tmp_path / "r/.fusedisk/manifest.json"
-        file.write_bytes(
-            msgspec.json.encode(msgspec.json.decode(file.read_bytes()) | {"applying": False})
-        )
+        edit_manifest(file, {"applying": False})
         with pytest.raises(Exception, match="where none is under way"):
             opened(store, "a")
 

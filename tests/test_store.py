@@ -1,13 +1,13 @@
 """Stores and replicas, on real files; most steps are looked at again through a reopened store."""
 
 import errno
-import json
 import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 import xxhash
+from manifests import edit_manifest
 
 from fusedisk.errors import FuseDiskError
 from replicator.files import Files
@@ -175,7 +175,7 @@ def test_order_of_disks_follows_the_source(tmp_path: Path) -> None:
         {"disks": []},
         {"disks": [{"name": "../x", "size": 1, "chunk_size": 4096}]},
         {"aborted_tokens": ["t"] * 17},
-        {"version": 3},
+        {"version": 4},
         {"journal": {"slot": 0, "id": "0" * 32, "generation": "g", "epoch": 6, "time": 0}},
         {"applying": True},
         {"keep": "7x"},
@@ -185,8 +185,8 @@ def test_order_of_disks_follows_the_source(tmp_path: Path) -> None:
 def test_bad_manifest_is_refused_and_listed(tmp_path: Path, change: dict[str, object]) -> None:
     fill(tmp_path)
     path = tmp_path / "vm/.fusedisk/manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(tmp_path, "has version 3" if "version" in change else "is damaged")
+    edit_manifest(path, change)
+    refused(tmp_path, "has version 4" if "version" in change else "is damaged")
     (info,) = list_replicas(tmp_path)
     assert info.state == "damaged"
     assert info.problem

@@ -14,6 +14,7 @@ import pytest
 import trio
 import xxhash
 from conftest import Mount, wait_for
+from manifests import edit_manifest
 from test_replication import CHUNK, REPLICATOR, SIZES, Pair, Process, guest_write
 
 from fusedisk.changemap import ChangeMap
@@ -304,8 +305,7 @@ def test_a_pass_that_was_cut_off_is_refused(pair: Verified) -> None:
     pair.once()
     path = pair.store / "r" / ".fusedisk" / "manifest.json"
     filling = {"state": "filling", "generation": None, "epoch": None, "applying": True}
-    filling["points"] = []
-    path.write_text(json.dumps({**json.loads(path.read_text()), **filling}))
+    edit_manifest(path, {**filling, "points": []})
     pair.fails(1, "in the middle of a pass")
 
 
