@@ -84,11 +84,14 @@ class ClonePass:
             if disk in self._equal:
                 self._next[disk] = self._equal.pop(disk)
             if disk not in self._next:
-                fd = self._files.create(_next_path(self._directory, disk))
+                path = _next_path(self._directory, disk)
+                fd = self._files.create(path)
                 try:
                     self._files.clone(self._begin[disk], fd)
                 except BaseException:
                     os.close(fd)
+                    # It may be tried again once there is room.
+                    self._files.unlink(path)
                     raise
                 self._next[disk] = fd
             return self._next[disk]

@@ -6,14 +6,16 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
 from fusedisk.errors import FuseDiskError
+from fusedisk.units import format_size
 from replicator.clones import ClonePass, remove_next
 from replicator.journal import JournalDamaged, JournalWriter, remove_journals
 from replicator.manifest import (
@@ -93,6 +95,7 @@ class HeldReplica:
         self._committed: JournalWriter | ClonePass | None = None
         self._published: ClonePass | None = None
         self._filling: int | None = None
+        self._dropped = 0
         self._apply_mutex = threading.Lock()
         self._condition = threading.Condition()
         self._shared = 0
@@ -236,14 +239,64 @@ class HeldReplica:
             self._published.drop()
             self._published = None
 
+    def _as_room_is_made(self, step: Callable[[], None]) -> None:
+        """Take a step of a pass, again and again while room can be made for it.
+
+        So a pass that needs the room of many points is sent once and not once for each of them.
+        """
+        while True:
+            dropped = self._dropped
+            try:
+                return step()
+            except FuseDiskError as error:
+                if not _is_full(error) or not self._make_room(dropped):
+                    raise
+
+    def _make_room(self, dropped: int) -> bool:
+        """Whether there is more room than when so many points had been dropped."""
+        with self._condition:
+            applying = self._manifest.journal is not None
+        if applying:
+            # Its journal goes with that.
+            with self._at_rest():
+                return True
+        return self._dropped != dropped or self._drop_oldest_point() is not None
+
+    def _make_room_for(self, needed: int) -> None:
+        """Drop the oldest points until a journal fits; refuse it where that would not do either."""
+        missing = needed - self._room()
+        if missing > 0:
+            # What is committed gives the room of its journal back.
+            with self._at_rest():
+                missing = needed - self._room()
+        pinned = self._pinned() if missing > 0 else frozenset()
+        points = self._manifest.points[:-1]
+        points = list(takewhile(lambda point: point.id not in pinned, points))
+        if missing > sum(point.undo_bytes for point in points):
+            raise TargetFull(
+                f"target full: the next pass of replica {self.name!r} needs {format_size(needed)} "
+                f"for its journal and there are {format_size(needed - missing)} left; free some at "
+                "the target, or keep the store on a filesystem with reflinks"
+            )
+        for point in points:
+            if missing <= 0:
+                return
+            self._drop_oldest_point()
+            # Not measured: a filesystem may give room back a moment later.
+            missing -= point.undo_bytes
+
+    def _room(self) -> int:
+        with clear_errors(f"cannot look how much room replica {self.name!r} has"):
+            found = os.statvfs(self._directory)
+        return found.f_bavail * found.f_frsize
+
     @contextmanager
     def _dropping_if_full(self) -> Iterator[None]:
         """Give the room of an unfinished pass back where the target is full."""
         try:
             yield
         except FuseDiskError as error:
-            cause = error.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in FULL:
+            if not _is_full(error):
                 raise
             with self._alone():
                 self._drop_pass()
@@ -266,6 +319,7 @@ class HeldReplica:
             with suppress(OSError):
                 remove_files(self._files, self._directory, oldest)
             report_lost(self._directory, [oldest], "target full")
+            self._dropped += 1
             self._record(msgspec.structs.replace(self._manifest, points=points[1:]))
             return oldest.id
 
@@ -323,3 +377,8 @@ class HeldReplica:
             with self._condition:
                 self._exclusive = False
                 self._condition.notify_all()
+
+
+def _is_full(error: FuseDiskError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in FULL

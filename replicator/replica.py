@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.units import format_size
 from replicator.clones import ClonePass, preserve
 from replicator.deciding import DecidableReplica
 from replicator.holding import Status, TargetFull
@@ -129,10 +128,14 @@ class Replica(DecidableReplica):
 
         `digest` is the xxh3-128 of `data` where the caller has checked it.
         Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error;
-        TargetFull drops the pass.
+        TargetFull drops the pass, where the points that could be dropped are gone already.
         """
         view = memoryview(data)
-        with self._dropping_if_full(), self._sharing():
+        with self._dropping_if_full():
+            self._as_room_is_made(lambda: self._write(disk, offset, view, digest))
+
+    def _write(self, disk: int, offset: int, view: memoryview, digest: bytes | None) -> None:
+        with self._sharing():
             self._require_changeable()
             disk, fd = self._range(disk, offset, view.nbytes)
             with clear_errors(f"cannot write to image {self._image(disk)}"):
@@ -151,7 +154,11 @@ class Replica(DecidableReplica):
         Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error;
         TargetFull drops the pass.
         """
-        with self._dropping_if_full(), self._sharing():
+        with self._dropping_if_full():
+            self._as_room_is_made(lambda: self._zero(disk, offset, length))
+
+    def _zero(self, disk: int, offset: int, length: int) -> None:
+        with self._sharing():
             self._require_changeable()
             disk, fd = self._range(disk, offset, length)
             with clear_errors(f"cannot zero a range of image {self._image(disk)}"):
@@ -194,16 +201,25 @@ class Replica(DecidableReplica):
         `data_bytes` is about how much data it will have, if that is known.
 
         Before the first point, what the images are to go through is recorded durably. Raises
-        FuseDiskError if the replica is promoted, TargetFull where a journal would not fit.
+        FuseDiskError if the replica is promoted, TargetFull where a journal would not fit. The
+        oldest points are dropped to make it fit, but none that is in use.
         """
         check_epoch(epoch)
         if self._cloning:
             # Invariant: a pass is cloned from images at the point committed last.
             with self._at_rest():
                 pass
-        with self._dropping_if_full(), self._excluding():
+        with self._dropping_if_full():
+            with self._excluding():
+                self._require_not_promoted()
+                self._drop_pass()
+            if not self._cloning and self._manifest.state == "following":
+                self._make_room_for(data_bytes)
+            self._begin(epoch, generation)
+
+    def _begin(self, epoch: int, generation: str | None) -> None:
+        with self._excluding():
             self._require_not_promoted()
-            self._drop_pass()
             manifest = self._manifest
             if manifest.state == "filling":
                 filled = manifest.filled
@@ -220,7 +236,6 @@ class Replica(DecidableReplica):
                     before, self._published = self._published, None
                     self._receiving = ClonePass(self._files, self._directory, self._fds, before)
                 return
-            self._require_room(data_bytes)
             generation, last = manifest.committed
             header = JournalHeader(uuid.uuid4().hex, manifest.source_id, generation, last, epoch)
             # Invariant: the slot of a committed journal is not touched before it is applied.
@@ -229,19 +244,6 @@ class Replica(DecidableReplica):
             )
             with clear_errors(f"cannot begin a journal for replica {self.name!r}"):
                 self._receiving = JournalWriter(self._files, self._directory, slot, header)
-
-    def _require_room(self, needed: int) -> None:
-        """Refuse a pass before it is sent where dropping points would not make room either."""
-        with clear_errors(f"cannot look how much room replica {self.name!r} has"):
-            found = os.statvfs(self._directory)
-        left = found.f_bavail * found.f_frsize
-        droppable = sum(point.undo_bytes for point in self._manifest.points[:-1])
-        if needed > left + droppable:
-            raise TargetFull(
-                f"target full: the next pass of replica {self.name!r} needs {format_size(needed)} "
-                f"for its journal and there are {format_size(left)} left; free some at the target, "
-                "or keep the store on a filesystem with reflinks"
-            )
 
     @property
     def filled(self) -> Filled | None:

@@ -161,11 +161,9 @@ def test_full_target_drops_the_oldest_points_first(
         before = [p.epoch for p in replica.manifest.points]
         replica.begin(model.epoch + 1)
         files.refuse = 1
-        with pytest.raises(TargetFull, match="recovery point 1 was dropped"):
-            replica.write(0, 0, b"x")
-        assert [p.epoch for p in replica.manifest.points] == before[1:]
-        replica.begin(model.epoch + 1)
+        # In place: nothing of the pass is sent again.
         replica.write(0, 0, b"y" * 70000)
+        assert [p.epoch for p in replica.manifest.points] == before[1:]
         model.content[0][:70000] = b"y" * 70000
         model.epoch += 1
         model.points[model.epoch] = [bytes(content) for content in model.content]
@@ -174,6 +172,14 @@ def test_full_target_drops_the_oldest_points_first(
         files.refuse = 2
         replica.apply()
         assert [p.epoch for p in replica.manifest.points] == [*before[3:], model.epoch]
+        model.check(store, replica.manifest)
+        replica.begin(model.epoch + 1)
+        files.refuse = 99
+        with pytest.raises(TargetFull, match="free some at the target"):
+            replica.write(0, 0, b"x")
+        assert [p.epoch for p in replica.manifest.points] == [model.epoch]
+        files.refuse = 0
+        model.step(replica)
         model.check(store, replica.manifest)
     assert "target full" in caplog.text
 

@@ -1,10 +1,18 @@
-"""The room that a journal needs is looked at before the pass is sent."""
+"""The room that a journal needs is looked at, and made, before the pass is sent."""
 
 import os
+from pathlib import Path
 
+import pytest
 from conftest import wait_for
 from test_clones import MakeFilesystem, filesystem
+from test_points import UndoFiles
 from test_replication import CHUNK, SIZES, Pair, guest_write, pair
+
+from replicator.manifest import ReplicaDisk
+from replicator.pins import Pin
+from replicator.replica import Replica, TargetFull
+from replicator.store import Store
 
 __all__ = ["filesystem", "pair"]
 MIB = 1 << 20
@@ -33,3 +41,53 @@ def test_a_pass_that_would_not_fit_is_not_sent(filesystem: MakeFilesystem, pair:
     ballast.unlink()
     pair.wait_identical()
     assert sender.popen.poll() is None
+
+
+class Nearly(UndoFiles):
+    """A disk that has 10 MiB left, and what the removal of undo records gives back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 1 << 40
+        real = os.statvfs
+
+        def statvfs(path: Path) -> os.statvfs_result:
+            found = list(real(path))
+            found[1], found[4] = 1, self.left
+            return os.statvfs_result(found)
+
+        monkeypatch.setattr("replicator.holding.os.statvfs", statvfs)
+
+    def unlink(self, path: Path) -> None:
+        if path.parent.name == "points":
+            self.left += path.stat().st_size
+        super().unlink(path)
+
+
+def test_points_go_before_a_pass_is_sent_and_only_as_many_as_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = Nearly(monkeypatch)
+    disks = [ReplicaDisk("disk", 2 * MIB, 65536)]
+
+    def step(replica: Replica, epoch: int) -> None:
+        replica.begin(epoch)
+        replica.write(0, 0, os.urandom(2 * MIB))
+        replica.commit("gen", epoch)
+        replica.apply()
+
+    with Store(tmp_path, files, "9") as store, Replica.open(store, "vm", "src", disks) as replica:
+        for epoch in range(1, 8):
+            step(replica, epoch)
+        files.left = 10 * MIB
+        pin = Pin(tmp_path, "vm", 4)
+        try:
+            # Three points may go, of a little more than 2 MiB each; the fourth is in use.
+            with pytest.raises(TargetFull, match=r"needs 17.0 MiB .* there are 10.0 MiB left"):
+                replica.begin(8, None, 17 * MIB)
+            assert len(replica.manifest.points) == 7
+            replica.begin(8, None, 14 * MIB)
+            assert [point.id for point in replica.manifest.points] == [3, 4, 5, 6, 7]
+        finally:
+            pin.close()
+        step(replica, 8)
+    assert caplog.text.count("target full; dropped the oldest recovery point") == 2
