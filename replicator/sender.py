@@ -34,6 +34,8 @@ _CHECKPOINT_SECONDS = 2.0
 _HASHES_AHEAD = 8
 _REREAD_SECONDS_MIN, _REREAD_SECONDS_MAX = 0.5, 30.0
 _REREAD_PING_SECONDS = 5.0
+# A target's journal keeps every round of a pass, so that one is begun anew at last.
+_TIMES_SENT_MAX = 3
 
 
 class Session:
@@ -59,6 +61,7 @@ class Session:
         self._reader = BatchReader(source, self._compressor)
         self._unread: list[Unread] = []
         self._checkpointed_at = 0.0
+        self._pass_bytes = 0
         self._answers: deque[m.Hashes] = deque()
         self.seed = secrets.randbits(63)
         self._digest = TransferDigest()
@@ -150,16 +153,19 @@ class Session:
         Raises FuseDiskError when the mount is gone.
         """
         assert self.committed is not None
-        data = await trio.to_thread.run_sync(self._source.changed_data, self.committed)
-        data += sum(end - start for _, start, end in self.repairs)
-        await self._begin(self._source.control.epoch, "pass", data)
-        await self._commit(await self._send_instant(self.committed))
+        while True:
+            data = await trio.to_thread.run_sync(self._source.changed_data, self.committed)
+            data += sum(end - start for _, start, end in self.repairs)
+            await self._begin(self._source.control.epoch, "pass", data)
+            if (epoch := await self._send_instant(self.committed)) is not None:
+                return await self._commit(epoch)
 
-    async def _send_instant(self, since: int) -> int:
+    async def _send_instant(self, since: int) -> int | None:
         """Send what changed after epoch ``since`` up to one instant; return its epoch.
 
         Where the guest overwrites more than the spill holds before it was read, the capture is
         given up: what was sent of it is a base, and only what changed meanwhile is captured next.
+        Returns None where the pass has grown too much by that and is to be begun anew.
         """
         disks = range(len(self._source.fds))
         while True:
@@ -193,12 +199,14 @@ class Session:
                     self._frozen = closing is not None and closing.frozen
                     return captured.epoch
                 # Or a copy could not be written, or would have left the guest too little room.
-                reason = "the spill is full"
-                if self._unread:
-                    reason = "a part of it could not be read"
+                reason = "a part of it could not be read" if self._unread else "the spill is full"
             self.given_up.captures += 1
             self.given_up.reason = reason
             log.warning("epoch %d is not captured: %s; trying the next", captured.epoch, reason)
+            whole = await trio.to_thread.run_sync(self._source.whole, self.committed, self.repairs)
+            if not self._unread and self._pass_bytes > _TIMES_SENT_MAX * whole:
+                log.warning("the guest outruns spill and link; the pass is begun anew")
+                return None
             # Read live, so no part of an instant: if it changed since, it is part of the next.
             await self._read_again()
             since = captured.epoch
@@ -318,7 +326,9 @@ class Session:
         if self._instants_only:
             # Invariant: a target that has been one instant goes from there to another one.
             await self._read_again()
-            epoch = await self._send_instant(epoch)
+            if (instant := await self._send_instant(epoch)) is None:
+                return await self._compare()
+            epoch = instant
         await self._commit(epoch, consistent=self._instants_only)
 
     async def _checkpoint(self, epoch: int, disk: int, offset: int) -> None:
@@ -345,6 +355,7 @@ class Session:
     async def _begin(self, epoch: int, kind: str, data_bytes: int = 0) -> None:
         self._digest = TransferDigest()
         self._unread = []
+        self._pass_bytes = 0
         self._frozen = False
         self._checkpointed_at = trio.current_time()
         self._working_since = trio.current_time()
@@ -432,6 +443,7 @@ class Session:
                     continue
             else:
                 self._sent.data_bytes += transfer.length
+                self._pass_bytes += transfer.length
             self._digest.add(transfer)
             going.append(transfer)
         await self._link.send(*going)

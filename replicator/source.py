@@ -1,7 +1,7 @@
 """The sender's view of a mount: its images, its change maps, and the epoch counter."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import trio
@@ -10,7 +10,7 @@ from fusedisk.changemap import ChangeMap, Control
 from fusedisk.direct import read_into
 from fusedisk.epochs import reserve
 from fusedisk.errors import FuseDiskError
-from fusedisk.extents import data_extents
+from fusedisk.extents import allocated_bytes, data_extents
 from fusedisk.image import keep_pages_small
 from fusedisk.mounting import find_state
 from fusedisk.replicas import Lag, lag_since
@@ -114,6 +114,14 @@ class Source:
             for start, end in self.changed_ranges(disk, since)
             for _, length in self.data_extents(disk, start, end)
         )
+
+    def whole(self, since: int | None, repairs: Iterable[tuple[int, int, int]]) -> int:
+        """How many bytes a pass from epoch ``since`` has at most; without one, all data."""
+        if since is not None:
+            repaired = sum(end - start for _, start, end in repairs)
+            return sum(self.changed_bytes(since)) + repaired
+        disks = zip(self.fds, self.record.disks, strict=True)
+        return sum(allocated_bytes(fd, disk.size) for fd, disk in disks)
 
     def changed_ranges(self, disk: int, since: int) -> list[tuple[int, int]]:
         """(start, end) of the ranges of one disk written after ``since``, neighbours joined."""

@@ -83,6 +83,8 @@ TRANSITIONS: Final[Mapping[State, Rules]] = {
         **_common(State.READY),
     },
     State.PASSING: {
+        # It is begun anew, without what was sent of it.
+        m.Begin: (_SENDER, State.PASSING),
         Data: (_SENDER, State.PASSING),
         Zero: (_SENDER, State.PASSING),
         m.HashRequest: (_SENDER, State.PASSING),

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from conftest import Mount, wait_for
 from test_replication import CHUNK, REPLICATOR, SIZES, Pair, guest_write
 
 from replicator.files import Files
+from replicator.journal import journal_directory
 
 SECTORS = [size // 512 for size in SIZES]
 SECTOR_BYTES = 512
@@ -182,6 +184,32 @@ def test_a_full_spill_costs_another_round_and_never_a_mixture(pair: Pair) -> Non
         assert "captures given up: the spill is full" in text and "spill" in text
     wait_for(lambda: pair.status()["lag"]["chunks"] == 0, "it is caught up", 60)
     assert pair.status()["given_up"]["reason"] is None
+    pair.processes[0].kill()
+    found = shown(pair.store / "r")
+    assert is_prefix(found, writers.history)
+    assert pair.identical()
+
+
+def test_a_pass_that_is_outrun_for_long_is_begun_anew(pair: Pair) -> None:
+    pair.receive()
+    pair.once()
+    for disk, size in enumerate(SIZES):
+        guest_write(pair.mount.disk(disk), b"everything is dirty" * (size // 19), 0)
+    sender = pair.start("--spill", "1MiB", "--bandwidth", "6MiB")
+    journal = journal_directory(pair.store / "r")
+    sizes = [0]
+
+    def begun_anew() -> bool:
+        for slot in journal.glob("?"):
+            with suppress(FileNotFoundError):
+                sizes.append(slot.stat().st_size)
+        return "the pass is begun anew" in sender.said
+
+    with OrderedWriters(pair, seed=12) as writers:
+        wait_for(begun_anew, "the pass is begun anew", 60)
+    # Three times the disks, a round more, and what the records have beside their data.
+    assert sum(SIZES) < max(sizes) < 5 * sum(SIZES)
+    wait_for(lambda: pair.status()["lag"]["chunks"] == 0, "it is caught up", 60)
     pair.processes[0].kill()
     found = shown(pair.store / "r")
     assert is_prefix(found, writers.history)
