@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
 from conftest import unavailable
 from database_points import WINDOW, Row
 from test_filesystems import run
@@ -47,8 +46,7 @@ def programs() -> Path:
     )
     on_path = shutil.which("initdb")
     if not found and on_path is None:
-        # Not `unavailable`: FUSE is there, and a machine without PostgreSQL is complete.
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql, as scripts/soak does")
+        unavailable("PostgreSQL is not installed: apt-get install postgresql, as scripts/test does")
     return found[-1].parent if found else Path(str(on_path)).parent
 
 

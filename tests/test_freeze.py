@@ -301,12 +301,12 @@ def test_a_sender_freezes_as_it_closes_epochs(
             disk.write(b"x" * (8 << 20))
         wait_for(lambda: entry()["freeze"]["count"] > before, "the guest was frozen")
         wait_for(lambda: (store / "r/disk.img").read_bytes() == image.read_bytes(), "it is sent")
-        assert points()[-1]["frozen"]
+        # While a pass is applied the point before it is gone, and there may be none.
+        wait_for(lambda: [p["frozen"] for p in points()][-1:] == [True], "a point has the freeze")
         # A point of an agent that does not answer is none like that.
         agent.greeting, agent.silent = b"", True
         with mount.disk().open("r+b") as disk:
             disk.write(b"y" * 4096)
-        # While a pass is applied the point before it is gone, and there may be none.
         wait_for(
             lambda: [p["frozen"] for p in points()][-1:] == [False], "a point has no freeze", 60
         )
