@@ -2,12 +2,13 @@
 
 A guest that is paused or frozen must not stay so because the sender was killed. So the sender
 never pauses a guest itself: a child does, in a session of its own, and learns of the sender's death
-by the end of its standard input. Should the child be killed, the sender notices and starts another.
+by the end of its standard input, or by missing the sender's beats. Should the child be killed, the
+sender notices and starts another.
 
 A line of JSON in is a request ``{"id", "do", ...}``; lines out carry the id of their request, notes
 ``{"id", "note"}`` first and one ``{"id", "done"}`` or ``{"id", "error"}`` at last. A new request
-ends the one before it, which is not answered any more. ``replicator.attending`` is the child's
-side.
+ends the one before it, which is not answered any more; a beat does not. ``replicator.attending`` is
+the child's side.
 """
 
 import json
@@ -40,6 +41,7 @@ class Attendant:
         self._process: trio.Process | None = None
         self._received = b""
         self._asked = 0
+        self._sending = trio.Lock()
 
     async def start(self) -> None:
         """Start the child, or another one in place of a dead one."""
@@ -84,6 +86,10 @@ class Attendant:
         except trio.TooSlowError:
             raise FuseDiskError(f"no answer to {what!r} within {seconds:g} s") from None
 
+    async def beat(self) -> None:
+        """Say that the sender lives. Raises AttendantDied."""
+        await self._send({"id": 0, "do": "beat"})
+
     async def dismiss(self) -> None:
         """End the child; it leaves everything as it is."""
         if self._process is None:
@@ -110,7 +116,8 @@ class Attendant:
         if self._process is None or self._process.stdin is None:
             raise AttendantDied("the process that talks to the guest is not running")
         try:
-            await self._process.stdin.send_all(json.dumps(request).encode() + b"\n")
+            async with self._sending:
+                await self._process.stdin.send_all(json.dumps(request).encode() + b"\n")
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise AttendantDied("the process that talks to the guest died") from None
 

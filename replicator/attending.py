@@ -1,4 +1,7 @@
-"""The child's side of `replicator.attendant`: requests come in until the sender is gone."""
+"""The child's side of `replicator.attendant`: requests come in until the sender is gone.
+
+A sender that was stopped, or hangs, is as good as gone: where a duty has a limit, the sender beats.
+"""
 
 import asyncio
 import json
@@ -14,11 +17,20 @@ from fusedisk.errors import FuseDiskError
 
 log = logging.getLogger("replicator.attending")
 
+SILENCE_SECONDS_MAX = 5.0
+"""For a duty that the sender beats to (`replicator.guest`)."""
+# A child that was itself stopped finds what was said meanwhile when it looks again.
+_LOOK_AGAIN_SECONDS = 0.5
+
 Note = Callable[[dict[str, Any]], None]
 
 
 class Duty(Protocol):
     """What a child does."""
+
+    @property
+    def silence_seconds_max(self) -> float | None:
+        """After so long without a word the sender counts as dead; None: never."""
 
     async def handle(self, request: dict[str, Any], note: Note) -> dict[str, Any]:
         """Do ``request["do"]``. Raises FuseDiskError. Cancelled by the next request."""
@@ -43,13 +55,15 @@ async def _attend(duty: Duty) -> None:
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     task: asyncio.Task[None] | None = None
-    while line := await reader.readline():
+    while line := await _next_line(reader, duty.silence_seconds_max):
+        request = json.loads(line)
+        if request["do"] == "beat":
+            continue
         if task is not None:
             task.cancel()
             # An error of the task has been reported; a cancelled one reports nothing.
             with suppress(asyncio.CancelledError):
                 await task
-        request = json.loads(line)
         if request["do"] == "dismiss":
             return
         task = asyncio.create_task(_answer(duty, request))
@@ -57,8 +71,16 @@ async def _attend(duty: Duty) -> None:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-    log.warning("the sender is gone")
+    log.warning("the sender is gone, or hangs")
     await duty.abandoned()
+
+
+async def _next_line(reader: asyncio.StreamReader, seconds: float | None) -> bytes:
+    """What the sender says next; empty where it is gone, or silent for too long."""
+    for limit in (seconds, _LOOK_AGAIN_SECONDS):
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(reader.readline(), limit)
+    return b""
 
 
 async def _answer(duty: Duty, request: dict[str, Any]) -> None:

@@ -103,6 +103,9 @@ async def _run(option: str, command: str) -> None:
 class FreezeKeeper:
     """Carries out what `replicator.freeze` asks."""
 
+    # It has a limit for what is frozen.
+    silence_seconds_max = None
+
     def __init__(self) -> None:
         self._means: AgentFreezing | CommandFreezing | None = None
         self._frozen = False

@@ -4,6 +4,7 @@ Who brings the guest back when something dies between its pause and the end of t
 
 the cutover command     nothing happens to the guest; the sender carries the cutover out
 the sender              its child (`replicator.guestkeeper`), by the record beside the images
+a sender that hangs     the same, once it misses the beats; `Guest.in_hand` is what it asks later
 the child               the sender, by another child
 QEMU                    nobody: the guest is gone, and the source is still the disk
 """
@@ -19,6 +20,8 @@ import trio
 from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.fencing import on_record
 from replicator.attendant import Attendant, AttendantDied
+from replicator.attending import SILENCE_SECONDS_MAX
+from replicator.running import one_error
 
 _CONNECT_SECONDS_MAX = 15.0
 _PAUSE_SECONDS_MAX = 35.0
@@ -31,6 +34,9 @@ _REST_SECONDS = 0.2
 _MEMORY_SECONDS = 0.3
 # How long it may take to notice that the guest stands still (replicator.migration polls).
 _NOTICE_SECONDS = 0.1
+
+_BEAT_SECONDS = 0.5
+_SURE_SECONDS = SILENCE_SECONDS_MAX / 2
 
 Memory = dict[str, Any]
 
@@ -48,6 +54,11 @@ class Guest:
     """When it stood still, by trio's clock; None while it runs, or where only hooks know."""
     memory: Memory | None = None
     """What became of its memory, in bytes: ``total``, ``done``, ``rate``."""
+
+    @property
+    def in_hand(self) -> bool:
+        """Whether nobody lets it go on here because of a record that was not there yet."""
+        return True
 
     def memory_seconds(self, downtime: float) -> float:
         """Of a downtime, what is kept for the memory that goes over after the promotion."""
@@ -82,6 +93,8 @@ class QemuGuest(Guest):
         self._child = Attendant("replicator.guestkeeper", log)
         self._ran: bool | None = None
         self._touched = False
+        self._beaten_at: float | None = None
+        self._late = False
 
     @property
     def child_pid(self) -> int | None:
@@ -100,6 +113,32 @@ class QemuGuest(Guest):
             ran=self._ran,
         )
         self._ran = answer["ran"]
+
+    @property
+    def in_hand(self) -> bool:
+        """See `Guest.in_hand`.
+
+        Invariant: a child that misses the beats reads the record after `_SURE_SECONDS`, so it finds
+        what was recorded before this was asked. Once late is late for good: it may have acted.
+        """
+        now = trio.current_time()
+        if self._beaten_at is not None and now - self._beaten_at > _SURE_SECONDS:
+            self._late = True
+        return not self._late
+
+    async def beat(self) -> None:
+        """Tell the child again and again that this process lives, until cancelled."""
+        while True:
+            began = trio.current_time()
+            try:
+                await self._child.beat()
+                if self.in_hand:
+                    self._beaten_at = began
+            except AttendantDied:
+                # One that died in time has let nothing go, and will not.
+                if self.in_hand:
+                    self._beaten_at = None
+            await trio.sleep(_BEAT_SECONDS)
 
     def memory_seconds(self, downtime: float) -> float:
         """See `Guest.memory_seconds`."""
@@ -198,13 +237,25 @@ async def held_guest(
         return
     guest = QemuGuest(qmp, uri, images, log)
     try:
-        await guest.connect()
-        try:
-            yield guest
-        except BaseException as error:
-            with trio.CancelScope(shield=True):
-                await _roll_back(guest, images, error)
-            raise
+        beating = trio.CancelScope(shield=True)
+
+        async def beat() -> None:
+            with beating:
+                await guest.beat()
+
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(beat)
+                try:
+                    await guest.connect()
+                    try:
+                        yield guest
+                    except BaseException as error:
+                        with trio.CancelScope(shield=True):
+                            await _roll_back(guest, images, error)
+                        raise
+                finally:
+                    beating.cancel()
     finally:
         await guest.let_go()
 

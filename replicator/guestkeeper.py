@@ -1,7 +1,7 @@
 """The process that holds QEMU's monitor during a cutover: ``python -m replicator.guestkeeper``.
 
-What becomes of a guest whose sender died is decided by the record beside the images, which cannot
-change any more then:
+What becomes of a guest whose sender died, or hangs, is decided by the record beside the images. A
+dead one cannot change that any more, and one that wakes up promotes nothing (replicator.guest):
 
 none           nothing was promoted: the guest goes on here
 *fenced*       the replica is the disk: a migration is completed, else the guest stays paused
@@ -18,7 +18,7 @@ from typing import Any
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import read_fence
 from replicator import migration
-from replicator.attending import Note, attend
+from replicator.attending import SILENCE_SECONDS_MAX, Note, attend
 from replicator.qmp import GuestError, Monitor
 
 log = logging.getLogger("replicator.guestkeeper")
@@ -29,6 +29,8 @@ _RETRIES_SECONDS_MAX = 120.0
 
 class GuestKeeper:
     """Carries out what `replicator.guest` asks."""
+
+    silence_seconds_max = SILENCE_SECONDS_MAX
 
     def __init__(self) -> None:
         self._monitor: Monitor | None = None
@@ -66,7 +68,7 @@ class GuestKeeper:
         raise FuseDiskError(f"not a request: {request['do']}")
 
     async def abandoned(self) -> None:
-        """The sender died: as the table above says."""
+        """The sender died, or hangs: as the table above says."""
         if self._monitor is None:
             return
         try:
