@@ -4,10 +4,12 @@
 Two kinds of file, both little endian and local to one host:
 
 control file   offset 0   8 bytes magic ``FDCTRL1\\0``
-               offset 64  u64 control word: bits 0-31 epoch, bit 32 gate, bit 33 fence, bit 34 doubt
+               offset 64  u64 control word: bits 0-31 epoch, bit 32 gate, bit 33 fence, bit 34 doubt,
+                         bit 35 promotion begun (fusedisk.gateword)
                offset 72 and from 1024 on: open captures (fusedisk.capture)
                offset 128 u64 the last epoch that may be opened (fusedisk.epochs)
                offset 192 rate of a slowed guest, its lease (fusedisk.slowing)
+               offset 256 until when the gate stays closed (fusedisk.gateword)
                offset 4096, one slot every 64 bytes (a cache line): u64 announced word, 0 = free
 map file       offset 0   8 bytes magic ``FDMAP01\\0``, u64 disk size, u64 chunk size (bytes)
                offset 4096 u32 summary[pages]: the highest mark in each page of marks; 0 = the page
@@ -15,8 +17,9 @@ map file       offset 0   8 bytes magic ``FDMAP01\\0``, u64 disk size, u64 chunk
                then, page aligned, u32 marks[chunks]: epoch of the last write, 0 = never written
 
 Who may touch what: writers announce themselves in a slot, then raise marks by an atomic maximum.
-Only the disk server moves the control word. Readers map both files read-only; what they see of a
-closed epoch is complete, because closing waits until nobody announces that epoch or an older one.
+The control word is moved by the disk server and by senders, in atomic steps. Readers map both files
+read-only; what they see of a closed epoch is complete, because closing waits until nobody announces
+that epoch or an older one.
 
 A crash at any step leaves too many marks at most, never too few: a mark is set before its data.
 """
@@ -78,6 +81,7 @@ cdef uint64_t EPOCH_MASK = 0xFFFFFFFF
 cdef uint64_t GATE_BIT = 1 << 32
 cdef uint64_t FENCE_BIT = 1ULL << 33
 cdef uint64_t DOUBT_BIT = 1ULL << 34
+cdef uint64_t BEGUN_BIT = 1ULL << 35
 cdef Py_ssize_t SLOT_COUNT = 512
 cdef Py_ssize_t PAGE_MARKS = 1024
 
@@ -315,15 +319,16 @@ cdef class Control(_Mapping):
         if closed:
             fd_or(self.word, GATE_BIT)
         else:
-            fd_and(self.word, ~GATE_BIT)
+            fd_and(self.word, ~(GATE_BIT | BEGUN_BIT))
 
     def set_fence(self, up):
-        """Raise or lower the fence."""
+        """Raise the fence; or lower it, with which no promotion is begun any more."""
         self._own()
         if up:
             fd_or(self.word, FENCE_BIT)
         else:
-            fd_and(self.word, ~FENCE_BIT)
+            # Invariant: in one step, or a gate let go in between would raise the fence again.
+            fd_and(self.word, ~(FENCE_BIT | BEGUN_BIT))
 
     def clear_announcements(self):
         """Withdraw every announcement: those who made them are dead, and so is their I/O."""

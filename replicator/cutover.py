@@ -1,14 +1,14 @@
 """Cutover: converge until the estimate fits the bound, gate, last epoch, proof, hand over.
 
 Until PROMOTE is sent every way out leads back to the guest at the source: an error, the bound on
-the downtime, or the end of this process, with which the lease on the gate ends.
+the downtime, or the end of this process, with which the lease on the gate ends, as it does where
+this process hangs.
 """
 
 import logging
-import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +18,13 @@ from msgspec import Meta
 
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import FenceRecord, on_record
-from fusedisk.gate import open_gate, take_lease
 from fusedisk.slowing import RATE_MAX
 from fusedisk.units import format_size
 from replicator.estimate import Estimate
+from replicator.gating import held_gate
 from replicator.guest import Guest, held_guest
 from replicator.handover import (
+    PROMOTION_SECONDS_MAX,
     AskOutcome,
     NotConverged,
     OutcomeUnknown,
@@ -224,7 +225,7 @@ class Cutover:
         closed = self._session.committed
         await self._proof.changed(self._session)
         await self._until_applied()
-        await self._flush()
+        await self._source.sync()
         seconds = trio.current_time() - begun
         self._estimate.note_pass(
             self._session.progress.total, seconds, self._session.commit_seconds
@@ -237,10 +238,6 @@ class Cutover:
         """A hash is of the images, so its answer waits until the pass is in them."""
         size = self._source.record.disks[0].size
         await self._session.hashes(0, 0, min(HASH_BLOCK_BYTES, size))
-
-    async def _flush(self) -> None:
-        for fd in self._source.fds:
-            await trio.to_thread.run_sync(os.fsync, fd)
 
     def _held_guest(self) -> AbstractAsyncContextManager[Guest]:
         log_path = self._source.state / "replicas" / f"{self._record.replica}.guest.log"
@@ -277,7 +274,7 @@ class Cutover:
 
         if paused_at is not None:
             mark("pause")
-        with self._gate():
+        async with held_gate(self._source, deadline) as gate:
             self._enter("switching")
             with trio.move_on_at(deadline) as limit:
                 # Closing the epoch also waits for the writers that passed before the gate closed.
@@ -287,7 +284,7 @@ class Cutover:
                 mark("verify")
                 await self._until_applied()
                 mark("apply")
-                await self._flush()
+                await self._source.sync()
                 mark("flush")
             if limit.cancelled_caught:
                 # A pass cut short leaves half a frame on the wire: the caller makes a new link.
@@ -300,7 +297,8 @@ class Cutover:
             # From here on nothing may cut the steps short: the outcome has to be found out.
             with trio.CancelScope(shield=True):
                 unrecorded = await hand_over(
-                    self._source, self._link, record, self._ask_outcome, deadline
+                    *(self._source, self._link, record, self._ask_outcome, deadline),
+                    lambda: self._guest.in_hand and gate.begin_promotion(PROMOTION_SECONDS_MAX),
                 )
             mark("promote")
         self._predicted_ms = predicted_ms
@@ -339,23 +337,6 @@ class Cutover:
             "dirty_rate": self._estimate.dirty_rate,
             "send_rate": self._estimate.send_rate,
         }
-
-    @contextmanager
-    def _gate(self) -> Iterator[None]:
-        try:
-            lease = take_lease(self._source.state)
-        except BlockingIOError:
-            raise FuseDiskError("another cutover of this mount is under way") from None
-        try:
-            # Once more: a cutover to another replica may have come first since this one began.
-            require_settled(self._source)
-            try:
-                self._source.control.set_gate(True)
-                yield
-            finally:
-                open_gate(self._source.control, self._images)
-        finally:
-            os.close(lease)
 
     def _facts(self, outcome: str, downtime_ms: float | None = None) -> dict[str, object]:
         return {

@@ -16,6 +16,8 @@ Invariants, each of which the model in tests/cutover_model.py shows to be needed
   publishes its control file before it looks for a record (fusedisk.mounting), so one that takes the
   place of ours finds *committing*, or is found. Gate and fence in the mapping of a mount that is
   gone hold nobody's writes.
+- PROMOTE is sent only after the gate was found closed and, in the same step, made one that opens
+  only behind the fence (fusedisk.gateword): the server lets go the gate of a sender that hangs.
 """
 
 import logging
@@ -51,6 +53,8 @@ _ANSWER_SECONDS_MAX = 30.0
 HELD_SECONDS_MAX = 30.0
 """How long writes stay held while a lost answer is asked for again; then they are refused."""
 _ASK_AGAIN_SECONDS = 0.5
+PROMOTION_SECONDS_MAX = _ANSWER_SECONDS_MAX + HELD_SECONDS_MAX + 5.0
+"""How long a sender that lives may keep writes held for a promotion."""
 
 AskOutcome: TypeAlias = Callable[[FenceRecord], Awaitable[str]]
 """`resolve` over a connection of its own."""
@@ -97,12 +101,14 @@ async def hand_over(
     record: FenceRecord,
     ask_outcome: AskOutcome,
     deadline: float,
+    begin: Callable[[], bool],
 ) -> str | None:
     """Promote the target and fence the source; the gate is closed, the record says *committing*.
 
     Returns what went wrong with the record *fenced* of a target that is promoted. Until PROMOTE is
-    sent ``deadline`` holds. Raises NotConverged or FuseDiskError where the guest may go on,
-    OutcomeUnknown where it may not. To be called where nothing can cancel it.
+    sent ``deadline`` holds. ``begin`` makes the gate one that opens only behind the fence, and says
+    whether guest and gate were still held. Raises NotConverged or FuseDiskError where the guest may
+    go on, OutcomeUnknown where it may not. To be called where nothing can cancel it.
     """
     images = [Path(disk.path) for disk in source.record.disks]
     try:
@@ -113,7 +119,8 @@ async def hand_over(
         raise FuseDiskError(
             f"cannot record the cutover beside the images: {error}; the guest goes on at the source"
         ) from None
-    if trio.current_time() > deadline:
+    # Invariant: recorded first. Whoever lets the gate or the guest go from now on knows of it.
+    if trio.current_time() > deadline or not begin():
         await _take_back(source, images)
         raise NotConverged(
             "the last epoch took longer than --max-downtime; the guest goes on at the source, "
@@ -160,6 +167,8 @@ async def _take_back(source: Source, images: list[Path]) -> None:
             f"nothing was promoted, but the record of it cannot be removed: {error}; writes are "
             "refused until 'replicator resolve' has removed it"
         ) from None
+    # The gate may have been let go meanwhile, behind the fence.
+    source.control.set_fence(False)
 
 
 async def _ask_again(

@@ -22,6 +22,19 @@ _QUIET_POLL_SECONDS = 0.001
 _MEASURE_SECONDS = 1.0
 
 
+class _Copy:
+    """A descriptor of its own for a thread, open until the last one who uses it is done."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = os.dup(fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
 class Source:
     """A mounted set of disks, read directly from the backing images.
 
@@ -64,6 +77,20 @@ class Source:
         except OSError:
             return False
         return same and locked(self.state)
+
+    async def sync(self) -> None:
+        """Sync the images. Cancelled, it leaves what hangs to itself. Raises OSError."""
+        for fd in self.fds:
+            copy = _Copy(fd)
+            await trio.to_thread.run_sync(self._sync, copy, abandon_on_cancel=True)
+
+    def _sync(self, copy: "_Copy") -> None:
+        try:
+            os.fsync(copy)
+        except OSError:
+            # The kernel reports it once, and perhaps nobody waits for this any more.
+            self.control.set_doubt()
+            raise
 
     async def close_epoch(self) -> int:
         """Begin the next epoch; return the one before it, once no writer is left in it.

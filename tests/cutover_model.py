@@ -2,11 +2,12 @@
 
 Who takes part, each step of each being one transition:
 
-sender     closes the gate, records *committing* beside two images one after the other, sends
-           PROMOTE, waits; asks again over a new connection; fences or rolls back, image by image;
-           gives up
+sender     closes the gate, records *committing* beside two images one after the other, makes the
+           gate one that opens only behind the fence, sends PROMOTE, waits; asks again over a new
+           connection; fences or rolls back, image by image; gives up
 resolver   ``replicator resolve``: takes the lease, asks, settles image by image
-server     opens or fences a gate whose holder died
+server     opens or fences a gate whose holder died, or whose time is over. There is no clock here:
+           it may be over at any moment, and a sender that was stopped goes on at any later one
 target     promotes, or voids a token; each is durable before it is answered
 network    any message may be lost, or delivered at any later moment, in any order
 crashes    of sender, resolver, target and the source's host, between any two steps
@@ -26,11 +27,13 @@ Checked in every reachable state:
 - never both: the source does not take writes while the replica is promoted
 - never neither: a mount that refuses writes has its target promoted, or a record that says
   *unknown*, or a fence that the next `resolve` lowers
+- a replica that was promoted by a cutover lacks nothing: the source took no write after the gate
+  was closed for it
 - no void token is ever the one that the replica is promoted with
 - resolve settles: where nothing holds the lease, running it to its end, undisturbed, leaves exactly
   one side writable
 
-With no mutation all hold in all of the 9934 states. Each of `MUTATIONS` leaves out one thing that
+With no mutation all hold in all of the 14541 states. Each of `MUTATIONS` leaves out one thing that
 the code does, and breaks one of them, which shows that the model can tell.
 """
 
@@ -56,6 +59,9 @@ MUTATIONS = (
     "resolve leaves a fence without a record",
     "the mount is not looked at before promote",
     "a mount looks for a record first",
+    "promote does not ask for the gate",
+    "the gate is only looked at before promote",
+    "a gate whose time is over opens in any case",
 )
 
 
@@ -81,6 +87,8 @@ class State(NamedTuple):
     """What a mount that takes the place of another has come to."""
     gate: bool = False
     fence: bool = False
+    begun: bool = False
+    written: bool = True
     records: tuple[tuple[str, int], ...] = (("none", 0),) * IMAGES
     lease: str = ""
     attempts: int = 0
@@ -104,6 +112,11 @@ def record_of(state: State) -> tuple[str, int]:
     return "none", 0
 
 
+def writable(state: State) -> bool:
+    """Whether the source takes writes."""
+    return state.mounted and not state.gate and not state.fence
+
+
 def with_record(state: State, image: int, kind: str, token: int) -> State:
     records = list(state.records)
     records[image] = kind, token
@@ -122,11 +135,11 @@ class Model:
         self._mutation = mutation
 
     def steps(self, state: State) -> Iterator[Step]:
-        yield from self._sender(state)
-        yield from self._resolver(state)
-        yield from self._server(state)
-        yield from self._target(state)
-        yield from self._faults(state)
+        for who in (self._sender, self._resolver, self._server, self._target, self._faults):
+            for name, following in who(state):
+                # A guest writes whenever it may.
+                written = following.written or writable(following)
+                yield name, following._replace(written=written)
 
     def _is(self, mutation: str) -> bool:
         return self._mutation == mutation
@@ -147,17 +160,29 @@ class Model:
                     and record_of(s)[0] == "none"
                     and not s.fence
                 ):
-                    begun = s._replace(gate=True, lease="sender", session=s.attempts)
-                    begun = begun._replace(
-                        attempts=s.attempts + 1, sender=Process("recording", s.attempts)
+                    closed = s._replace(gate=True, lease="sender", session=s.attempts)
+                    closed = closed._replace(
+                        attempts=s.attempts + 1,
+                        sender=Process("recording", s.attempts),
+                        written=False,
                     )
-                    yield "the sender closes the gate", begun
+                    yield "the sender closes the gate", closed
             case "recording":
                 if self._is("promote is sent before committing"):
                     yield "the sender sends PROMOTE early", say(s, "promote", p.token)
                 yield from self._per_image(s, "sender", "committing", "recorded")
             case "recorded":
                 yield "the bound is exceeded", self._at(s, "sender", "taking back")
+                # The gate of a mount that is gone stays as it was.
+                gone = p.stale or not s.mounted
+                held = s.gate or gone
+                if held or self._is("promote does not ask for the gate"):
+                    kept = held and not self._is("the gate is only looked at before promote")
+                    begun = s if gone else s._replace(begun=kept)
+                    yield "the sender begins the promotion", self._at(begun, "sender", "begun")
+                else:
+                    yield "the gate was let go", self._at(s, "sender", "taking back")
+            case "begun":
                 gone = p.stale and not self._is("the mount is not looked at before promote")
                 after = "taking back" if gone else "sending"
                 yield "the sender looks at the mount", self._at(s, "sender", after)
@@ -169,7 +194,7 @@ class Model:
                 yield "the answer is lost", self._at(s, "sender", after)
                 yield from self._answers(s, "sender")
             case "taking back":
-                yield from self._per_image(s, "sender", "none", "done")
+                yield from self._per_image(s, "sender", "none", "lowering")
             case "asking":
                 yield "the sender asks", say(s, "resolve", p.token)
                 yield "the sender gives up", self._open_gate(self._with_fence(s, "sender", True))
@@ -193,7 +218,7 @@ class Model:
                 and s.fence
                 and not self._is("resolve leaves a fence without a record")
             ):
-                yield "resolve lowers a fence left over", s._replace(fence=False)
+                yield "resolve lowers a fence left over", s._replace(fence=False, begun=False)
         elif s.resolver.at == "asking":
             yield "resolve asks", say(s, "resolve", s.resolver.token)
             yield from self._answers(s, "resolver")
@@ -242,7 +267,15 @@ class Model:
         if s.mounted and s.gate and not s.lease:
             begun = record_of(s)[0] != "none"
             fence = s.fence or (begun and not self._is("an abandoned gate opens in any case"))
-            yield "the server opens an abandoned gate", s._replace(gate=False, fence=fence)
+            opened = s._replace(gate=False, begun=False, fence=fence)
+            yield "the server opens an abandoned gate", opened
+        if s.mounted and s.gate and s.lease:
+            careless = self._is("a gate whose time is over opens in any case")
+            fence = s.fence or (s.begun and not careless)
+            yield (
+                "the time of the gate is over",
+                s._replace(gate=False, begun=False, fence=fence),
+            )
 
     @staticmethod
     def _process(s: State, who: str) -> Process:
@@ -253,14 +286,17 @@ class Model:
         return s._replace(**{who: Process(at, p.token, stale=p.stale)})
 
     def _with_fence(self, s: State, who: str, fence: bool) -> State:
-        return s if self._process(s, who).stale else s._replace(fence=fence)
+        if self._process(s, who).stale:
+            return s
+        return s._replace(fence=fence, begun=s.begun and fence)
 
     def _end(self, s: State, who: str) -> State:
         lease = "" if s.lease == who else s.lease
         return s._replace(**{who: Process()}, lease=lease)
 
     def _open_gate(self, s: State) -> State:
-        return self._end(s if s.sender.stale else s._replace(gate=False), "sender")
+        opened = s if s.sender.stale else s._replace(gate=False, begun=False)
+        return self._end(opened, "sender")
 
     # --- the target, and what goes wrong -------------------------------------------------------
 
@@ -304,7 +340,9 @@ class Model:
             yield "the target is killed", s._replace(session=None)
         yield from self._remount(s)
         if s.mounted or s.mounting:
-            lost = s._replace(mounted=False, mounting="", gate=False, fence=False, lease="")
+            lost = s._replace(
+                mounted=False, mounting="", gate=False, fence=False, begun=False, lease=""
+            )
             lost = lost._replace(sender=Process(), resolver=Process())
             if self._is("committing is not synced"):
                 kept = tuple(("none", 0) if r[0] == "committing" else r for r in s.records)
@@ -316,7 +354,7 @@ class Model:
 
     def _remount(self, s: State) -> Iterator[Step]:
         """Unmounted and mounted again while whoever used the mount lives; `fusedisk.mounting`."""
-        gone = s._replace(mounted=False, gate=False)
+        gone = s._replace(mounted=False, gate=False, begun=False)
         seen = record_of(s)[0] != "none" and not self._is("a mount ignores the record")
         if self._is("a mount looks for a record first"):
             if s.mounted:
@@ -342,9 +380,10 @@ class Model:
 
     def check(self, s: State) -> str | None:
         """What does not hold in this state; None where all does."""
-        writable = s.mounted and not s.gate and not s.fence
-        if writable and s.promoted is not None:
+        if writable(s) and s.promoted is not None:
             return "both sides are writable"
+        if s.promoted not in (None, FORCED) and s.written:
+            return "the replica lacks what was written"
         if s.promoted in s.void:
             return "a void token promoted the replica"
         if s.mounted and not s.gate and s.fence and s.promoted is None:
@@ -363,8 +402,7 @@ class Model:
             if step is None:
                 break
             s = step[1]
-        writable = s.mounted and not s.gate and not s.fence
-        return writable != (s.promoted is not None)
+        return writable(s) != (s.promoted is not None)
 
     def _next_settling(self, s: State) -> Step | None:
         asks = [step for step in self._target(s) if step[0] == "the target is asked"]

@@ -97,8 +97,10 @@ class Threads:
             await trio.sleep(self._rng.random() * self.seconds_max)
 
 
-async def run_sync(work: Callable[..., Any], *arguments: Any) -> Any:
-    """In place of `trio.to_thread.run_sync`: like it, not to be cancelled once begun."""
+async def run_sync(
+    work: Callable[..., Any], *arguments: Any, abandon_on_cancel: bool = False
+) -> Any:
+    """In place of `trio.to_thread.run_sync`: not to be cancelled once begun, as if none hung."""
     await trio.lowlevel.checkpoint()
     process = Process.current()
     if process.dead and getattr(work, "__name__", "") == "close":

@@ -19,7 +19,7 @@ from fusedisk.changemap import Control
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import FenceRecord, read_fence, record_fence
 from fusedisk.gate import take_lease
-from replicator import cutover, handover, resolving
+from replicator import cutover, gating, handover, resolving
 from replicator.address import parse_address
 from replicator.captured import CapturedSource
 from replicator.cutover import CutoverOptions
@@ -266,7 +266,7 @@ def test_the_lease_is_given_back_where_the_gate_does_not_open(
     async def refuse(*_: object) -> None:
         raise FuseDiskError("refused")
 
-    monkeypatch.setattr(cutover, "open_gate", fail)
+    monkeypatch.setattr(gating, "open_gate", fail)
     monkeypatch.setattr(cutover, "hand_over", refuse)
     assert isinstance(Cutting(pair).cut(), FuseDiskError)
     os.close(take_lease(pair.mount.state))

@@ -52,9 +52,13 @@ class Watched:
         if not self._control.gated:
             return True
         self.struck.set()
-        if self._victim == "link":
+        return self._hit(self._victim)
+
+    def _hit(self, victim: str) -> bool:
+        """Whether the frame goes on."""
+        if victim == "link":
             return False
-        process = self.pair.sender if self._victim == "sender" else self.pair.receiver
+        process = self.pair.sender if victim == "sender" else self.pair.receiver
         process.kill()
         process.wait()
         return True
