@@ -11,6 +11,7 @@ from fusedisk.replicas import lagging
 from fusedisk.signals import StopSignals
 from fusedisk.status import status as mount_status
 from fusedisk.units import format_size, parse_size
+from fusedisk.unsettled import unsettled_text
 
 # Nothing is checked here: opening says more, and ends as any other failure. Where something may be
 # mounted already it is plain Path: click's own asks for attributes, which a dead server never says.
@@ -94,8 +95,8 @@ def mount(
             "fusedisk: Linux is older than 6.9: a crash of the disk server will not be survived",
             err=True,
         )
-    if mounted.notice:
-        click.echo(f"fusedisk: {mounted.notice}", err=True)
+    for notice in mounted.notices:
+        click.echo(f"fusedisk: {notice}", err=True)
     if foreground:
         mounting.stay(mounted, signals)
 
@@ -134,6 +135,8 @@ def status(mountpoint: Path, as_json: bool) -> None:
     if found["slowed_to"] is not None:
         fence += f", the guest slowed to {format_size(found['slowed_to'])}/s"
     click.echo(f"{found['mountpoint']}: epoch {found['epoch']}{fence}")
+    if found["cutover"] is not None:
+        click.echo(f"  {unsettled_text(found['cutover'])}")
     if found["server"]["pid"] is None and found["keeper"]["pid"] is None:
         click.echo("  server and keeper are gone, the disks are dead: unmount, then mount again")
     elif found["server"]["pid"] is None:

@@ -22,7 +22,8 @@ from fusedisk.lineage import promotion, read_base
 from fusedisk.preparing import prepare
 from fusedisk.signals import StopSignals
 from fusedisk.standby import close_gate
-from fusedisk.state import default_state_dir, lock_state, locked
+from fusedisk.state import default_state_dir, lock_state, locked, read_mount_record
+from fusedisk.unsettled import unsettled, unsettled_text
 
 _FLUSH_SECONDS_MAX = 600.0
 _UPGRADE_SECONDS_MAX = 60.0
@@ -47,11 +48,11 @@ class MountOptions:
 
 @dataclass(frozen=True)
 class Mounted:
-    """A mount that is usable; ``notice`` is what the user should know of its change maps."""
+    """A mount that is usable; ``notices`` is what the user should know of its state."""
 
     keeper: subprocess.Popen[bytes]
     state: Path
-    notice: str | None
+    notices: list[str]
 
 
 def find_state(mountpoint: Path) -> Path:
@@ -147,6 +148,7 @@ def mount(
             control = Control(state / "control", True)
             control.set_fence(True)
             control.close()
+        cutover = unsettled(read_mount_record(state))
         signals.check()
         keeper = _start_keeper(state, lock, mountpoint.resolve(), opened, options)
         # Somebody may use the mount already: then it stays, as if the signal had come later.
@@ -162,7 +164,10 @@ def mount(
             os.close(image.fd)
         if lock >= 0:
             os.close(lock)
-    return Mounted(keeper, state, notice)
+    notices = [notice] if notice else []
+    if cutover is not None:
+        notices.append(unsettled_text(cutover))
+    return Mounted(keeper, state, notices)
 
 
 def stay(mounted: Mounted, signals: StopSignals) -> None:

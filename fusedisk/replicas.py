@@ -21,6 +21,7 @@ from fusedisk.changemap import ChangeMap, Control
 from fusedisk.controlclient import SILENT, ask_sender
 from fusedisk.errors import FuseDiskError
 from fusedisk.state import MountRecord, read_mount_record, write_durably
+from fusedisk.unsettled import unsettled
 
 _RECORD_BYTES_MAX = 1 << 16
 _STATUS_SECONDS_MAX = 2.0
@@ -122,10 +123,13 @@ def reports(
     with ThreadPoolExecutor(min(len(names), _ASKED_AT_ONCE_MAX)) as pool:
         answers = list(pool.map(ask, names))
     found = []
+    cutover = unsettled(mount)
     for name, answer in zip(names, answers, strict=True):
         if answer is None or answer.get("error") == SILENT:
             answer = _noted(state, name, mount, maps, epoch, answer)
         if answer is not None:
+            if not answer.get("cutover") and cutover and cutover["replica"] in (name, None):
+                answer["cutover"] = cutover
             found.append(answer)
     return found
 

@@ -10,6 +10,7 @@ from fusedisk.mounting import find_state
 from fusedisk.replicas import committed_epoch, open_maps, read_record, replica_names, reports
 from fusedisk.slowing import slowed_to
 from fusedisk.state import Disk, MountRecord, read_mount_record
+from fusedisk.unsettled import unsettled
 
 
 def status(mountpoint: Path) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def status(mountpoint: Path) -> dict[str, Any]:
         "mountpoint": record.mountpoint,
         "epoch": epoch,
         "fenced": fenced,
+        "cutover": unsettled(record),
         "standby": record.standby,
         "slowed_to": slowed,
         "server": {"pid": daemons.server, "restarts": daemons.restarts},

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusedisk.units import format_size
+from fusedisk.unsettled import unsettled_text
 
 _BAR_COLUMNS = 28
 _AT_WORK = ("filling", "comparing")
@@ -68,7 +69,9 @@ def progress_text(progress: dict[str, Any]) -> str:
 
 
 def cutover_text(cutover: dict[str, Any]) -> str:
-    """What a cutover is doing, and what its downtime would be now."""
+    """What a cutover is doing, and what its downtime would be now; or that it is to be resolved."""
+    if cutover.get("state") == "unknown":
+        return unsettled_text(cutover)
     parts = [f"{cutover['phase']}", f"{format_size(cutover['remaining_bytes'])} left"]
     for name, key in (("dirty", "dirty_rate"), ("send", "send_rate")):
         if cutover[key] is not None:

@@ -247,10 +247,24 @@ def test_an_unknown_outcome_is_resolved_with_the_target(pair: Pair):
     pair.sender.terminate()
     pair.sender.wait()
     run("fusedisk", "unmount", pair.mountpoint)
-    run("fusedisk", "mount", pair.image, pair.mountpoint)
+    advice = f"run 'replicator resolve {pair.mountpoint}'"
+    assert advice in run("fusedisk", "mount", pair.image, pair.mountpoint).stderr
     with pytest.raises(OSError):
         pair.write(b"x")
+    unknown = {"state": "unknown", "mountpoint": str(pair.mountpoint), "token": "a-token"}
+    unknown |= {"replica": "r", "address": pair.address}
+    assert (
+        json.loads(run("fusedisk", "status", "--json", pair.mountpoint).stdout)["cutover"]
+        == unknown
+    )
+    found = json.loads(run("replicator", "status", "--json", pair.mountpoint).stdout)
+    assert found["replicas"][0]["cutover"] == unknown
+    for tool in ("fusedisk", "replicator"):
+        lines = run(tool, "status", pair.mountpoint).stdout.splitlines()
+        assert len([line for line in lines if advice in line]) == 1
     assert run("replicator", "resolve", pair.mountpoint).stdout == "rolled-back\n"
+    for tool in ("fusedisk", "replicator"):
+        assert advice not in run(tool, "status", pair.mountpoint).stdout
     pair.write(b"goes on")
     assert not fence_path(pair.image).exists()
 
