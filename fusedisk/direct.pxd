@@ -9,3 +9,5 @@ cdef int64_t direct_read(
 cdef int64_t direct_write(
     int fd, uint32_t alignment, const char *data, uint64_t length, uint64_t offset
 ) noexcept nogil
+cdef void direct_begin() noexcept nogil
+cdef void direct_end() noexcept nogil

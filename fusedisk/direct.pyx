@@ -4,8 +4,8 @@
 What a guest asks for in whole blocks goes to the image as it is. Anything else, which comes from
 programs that use the mounted file without O_DIRECT, takes the way over whole blocks around it.
 
-Invariant: while the blocks around a write are read and written back, no other write is under way,
-so none is taken back by the old bytes beside it.
+Invariant: while the blocks around a write are read and written back, no other change is under way,
+be it a write or a hole being made, so none is taken back by the old bytes beside it.
 """
 
 import errno
@@ -104,11 +104,15 @@ cdef extern from *:
         pthread_rwlock_unlock(&di_lock);
         return done;
     }
+    static void di_begin(void) { pthread_rwlock_rdlock(&di_lock); }
+    static void di_end(void) { pthread_rwlock_unlock(&di_lock); }
     """
     uint32_t di_alignment(int fd) nogil
     int64_t di_read(int fd, uint64_t alignment, char *into, uint64_t length, uint64_t offset) nogil
     int64_t di_write(
         int fd, uint64_t alignment, const char *data, uint64_t length, uint64_t offset) nogil
+    void di_begin() nogil
+    void di_end() nogil
 
 _SCRATCH_BYTES = 1 << 20
 _PAGE = 4096
@@ -132,6 +136,16 @@ cdef int64_t direct_write(
 ) noexcept nogil:
     """Write a range inside the image; its length, or a negative errno."""
     return di_write(fd, alignment, data, length, offset)
+
+
+cdef void direct_begin() noexcept nogil:
+    """Before any other change of an image that is opened with O_DIRECT; direct_end() follows."""
+    di_begin()
+
+
+cdef void direct_end() noexcept nogil:
+    """After that change."""
+    di_end()
 
 
 def alignment(int fd):

@@ -17,7 +17,9 @@ from fusedisk.capture cimport CAPTURES_MAX, captures_open, preserve
 from fusedisk.changemap cimport (
     FENCED, GATED, ChangeMap, Control, doubt, enter, held, leave, raise_marks,
 )
-from fusedisk.direct cimport direct_alignment, direct_read, direct_write
+from fusedisk.direct cimport (
+    direct_alignment, direct_begin, direct_end, direct_read, direct_write,
+)
 from fusedisk.mapped cimport mapped_now
 
 from fusedisk.changemap import Fenced, Gated
@@ -113,6 +115,8 @@ cdef extern from *:
 # that, or comes before any flush, is left to the kernel's own writeback.
 cdef uint64_t _STEP_BYTES_MIN = 8 << 20
 cdef uint64_t _STEP_BYTES_MAX = 256 << 20
+# Under one announcement: some milliseconds of work for a filesystem.
+cdef int64_t _ZERO_BYTES_MAX = 64 << 20
 
 
 cdef uint64_t _ZEROS = 4096
@@ -210,6 +214,16 @@ cdef int64_t _write_zeros(DiskIO *disk, uint64_t at, uint64_t end) noexcept nogi
     return min(done, 0)
 
 
+cdef inline int64_t _make_hole(DiskIO *disk, int64_t offset, int64_t length) noexcept nogil:
+    cdef int64_t result
+    if not disk.alignment:
+        return fd_punch(disk.fd, offset, length)
+    direct_begin()
+    result = fd_punch(disk.fd, offset, length)
+    direct_end()
+    return result
+
+
 cdef int64_t _punch(DiskIO *disk, uint64_t at, uint64_t end) noexcept nogil:
     """Make a hole of a marked range; at its edges parts of a device's blocks become zeros."""
     cdef uint64_t block = disk.hole_block
@@ -218,7 +232,7 @@ cdef int64_t _punch(DiskIO *disk, uint64_t at, uint64_t end) noexcept nogil:
     cdef int64_t result
     if first >= last:
         return _write_zeros(disk, at, end)
-    result = fd_punch(disk.fd, first, last - first)
+    result = _make_hole(disk, first, last - first)
     if result == 0:
         result = _write_zeros(disk, at, first)
     if result == 0:
@@ -232,41 +246,49 @@ cdef int64_t disk_zero(
     """Make holes of the data in a range, which lies inside the disk.
 
     Only what holds data is marked and punched: a range that is a hole already costs no mark, and
-    a write that lands in it meanwhile counts as the later one.
+    a write that lands in it meanwhile counts as the later one. After HELD in the middle the whole
+    is done again, which ends the same: the kernel lets no write at the disk before it is answered.
     """
-    cdef uint32_t epoch = 0
-    cdef uint64_t at = offset, end = offset + length
-    cdef int64_t data, hole, result
+    cdef uint64_t at = offset
+    cdef int64_t result = 0
     if disk.read_only:
         return -EROFS
+    while at < offset + length and result == 0:
+        result = _zero_piece(disk, slot, &at, offset + length)
+    return result
+
+
+cdef int64_t _zero_piece(
+    DiskIO *disk, Py_ssize_t slot, uint64_t *at, uint64_t end
+) noexcept nogil:
+    """Make a hole of the next data before ``end``, up to a bound; ``at`` is where to go on.
+
+    Invariant: an announcement ends soon, whatever the guest asks for. Until then no epoch closes:
+    a cutover's gate and the writers who meet a capture wait for it.
+    """
+    cdef uint32_t epoch = 0
+    cdef int64_t data, hole, result
     result = enter(disk.control, slot, &slot, &epoch)
     if result:
         return _refusal(<int>result)
-    while at < end:
-        data = fd_seek(disk.fd, at, SEEK_DATA)
-        if data == -ENXIO:
-            break
-        hole = end
-        if data >= 0:
-            hole = fd_seek(disk.fd, data, SEEK_HOLE)
-        if data < 0 or hole < 0:
-            # No map of the holes: everything may be data.
-            data, hole = at, end
-        at = data
-        if at >= end:
-            break
-        hole = min(hole, <int64_t>end)
-        if hole <= data:
-            continue
-        result = -heat(disk.activity, disk.first_region, at, hole - data)
+    data = fd_seek(disk.fd, at[0], SEEK_DATA)
+    hole = end
+    if data >= 0:
+        hole = fd_seek(disk.fd, data, SEEK_HOLE)
+    elif data == -ENXIO:
+        data = end
+    if data < 0 or hole < 0:
+        # No map of the holes: everything may be data.
+        data, hole = at[0], end
+    hole = min(hole, <int64_t>end, data + _ZERO_BYTES_MAX)
+    if hole > data:
+        result = -heat(disk.activity, disk.first_region, data, hole - data)
         if result == 0:
-            result = _mark(disk, epoch, at, hole - data)
+            result = _mark(disk, epoch, data, hole - data)
         if result == 0:
-            result = _punch(disk, at, hole)
-        if result:
-            break
-        at = hole
+            result = _punch(disk, data, hole)
     leave(disk.control, slot)
+    at[0] = max(data, hole)
     return result
 
 

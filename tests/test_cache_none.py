@@ -6,13 +6,17 @@ import os
 import random
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
-from conftest import Mount
+from conftest import Mount, wait_for
+from faulty_image import FaultyImage
 from test_replication import Pair, pair
 from verifying_load import Load, cut_over, kill_server, mount_disks, replicated
+
+from fusedisk.changemap import ChangeMap, Control
+from fusedisk.disk import Disk
 
 __all__ = ["pair"]
 
@@ -85,6 +89,32 @@ def test_neighbours_in_one_block_do_not_undo_each_other(
         last = max(n for n in range(1, rounds + 1) if n % 4 == slot // writers)
         expected = last.to_bytes(4, "little") * (piece // 4)
         assert content[slot * piece : (slot + 1) * piece] == expected
+
+
+def test_a_hole_beside_a_small_write_in_its_block_stays(tmp_path: Path) -> None:
+    """The write has read the block's old bytes already, and puts them back."""
+    image = FaultyImage(tmp_path, MIB)
+    image.backing.write_bytes(b"o" * MIB)
+    control = Control.create(tmp_path / "control", 1)
+    changes = ChangeMap.create(tmp_path / "map", MIB, 65536)
+    with image.served(), ThreadPoolExecutor(2) as pool:
+        fd = os.open(image.path, os.O_RDWR | os.O_DIRECT)
+        try:
+            disk = Disk(control, changes, fd)
+            image.fail(("read", 0, 4096, 0))
+            writing = pool.submit(disk.write, b"w" * 512, 0)
+            try:
+                wait_for(lambda: image.seen("read"), "the block is read")
+                zeroing = pool.submit(disk.zero, 512, 4096 - 512)
+                # Time enough for a hole that does not wait for the write.
+                wait([zeroing], 0.5)
+            finally:
+                image.fail()
+            assert writing.result(20) == 512
+            zeroing.result(20)
+        finally:
+            os.close(fd)
+    assert image.backing.read_bytes()[:4097] == b"w" * 512 + bytes(4096 - 512) + b"o"
 
 
 def test_servers_killed_under_cached_and_direct_writers(

@@ -4,9 +4,12 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
+from faulty_image import FaultyImage
 
 from fusedisk.changemap import ChangeMap, Control, Fenced, Gated
 from fusedisk.disk import Disk
@@ -124,6 +127,36 @@ def test_zeroing_marks_and_frees_what_held_data(disk: tuple[Disk, ChangeMap, Pat
     content = image.read_bytes()
     assert len(content) == 16 * CHUNK + 100
     assert content == bytes(16 * CHUNK) + b"d" * 50 + bytes(50)
+
+
+def test_a_discard_is_announced_in_pieces(tmp_path: Path):
+    """In the middle of one an epoch closes and the gate holds what is left."""
+    piece, size = 64 << 20, 130 << 20
+    image = FaultyImage(tmp_path, size)
+    for offset in range(0, size, piece):
+        with image.backing.open("r+b") as file:
+            os.pwrite(file.fileno(), bytes(min(piece, size - offset)), offset)
+    control = Control.create(tmp_path / "control", 1)
+    changes = ChangeMap.create(tmp_path / "map", size, 1 << 20)
+    with image.served(), image.path.open("r+b") as file, ThreadPoolExecutor(1) as pool:
+        disk = Disk(control, changes, file.fileno())
+        image.fail(("fallocate", piece, size, 0))
+        zeroing = pool.submit(disk.zero, 0, size)
+        try:
+            wait_for(lambda: len(image.seen("fallocate")) == 2, "its second piece is in work")
+            assert control.advance() == 1
+            assert not control.quiet(1)
+            control.set_gate(True)
+        finally:
+            image.fail()
+        with pytest.raises(Gated):
+            zeroing.result(20)
+        assert control.quiet(1)
+        assert image.seen("fallocate") == [(0, piece), (piece, piece)]
+        control.set_gate(False)
+        disk.zero(0, size)
+        assert image.seen("fallocate")[2:] == [(2 * piece, size - 2 * piece)]
+    assert [changes.last(chunk) for chunk in (0, 127, 128, 129)] == [1, 1, 2, 2]
 
 
 def test_a_write_ends_at_the_end_of_the_disk(disk: tuple[Disk, ChangeMap, Path]):
