@@ -57,6 +57,22 @@ cdef inline int heat(
     return 0
 
 
+cdef inline bint on_record(
+    Activity *log, uint64_t disk_first, uint64_t offset, uint64_t length
+) noexcept nogil:
+    """Whether `heat` of this range has nothing to write, as it seems; ``length`` > 0."""
+    cdef uint64_t region, last
+    if log == NULL:
+        return True
+    region = disk_first + (offset >> REGION_SHIFT)
+    last = disk_first + ((offset + length - 1) >> REGION_SHIFT)
+    while region <= last:
+        if act_load(&log.states[region]) <= WANTED:
+            return False
+        region += 1
+    return True
+
+
 cdef class ActivityLog:
     cdef Activity log
     cdef object _generation

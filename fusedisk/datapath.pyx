@@ -24,12 +24,12 @@ from libc.string cimport memcpy, memset
 from fusedisk cimport fuse_kernel as k
 from fusedisk.changemap cimport GATED, held
 from fusedisk.disk cimport (
-    HELD, Disk, DiskIO, disk_flush, disk_read, disk_seek, disk_write, disk_zero,
+    HELD, Disk, DiskIO, disk_flush, disk_on_record, disk_read, disk_seek, disk_write, disk_zero,
 )
 from fusedisk.mapped cimport Mapping, mapping_begin, mapping_end, mapping_forget
 from fusedisk.parked cimport (
-    Parked, Parking, any_parked, await_parked, forget_parked, last_parked, park, parking_begin,
-    repark, unpark, wake_parking,
+    PARKED_BYTES_MAX, Parked, Parking, any_parked, await_parked, forget_parked, last_parked, park,
+    parking_begin, repark, unpark, wake_parking,
 )
 from fusedisk.slowing cimport may_write, slowed
 
@@ -78,10 +78,15 @@ cdef extern from *:
         do { n = recv(fd, into, length, MSG_TRUNC); } while (n < 0 && errno == EINTR);
         return n < 0 ? -errno : n;
     }
-    static char *fd_pages(size_t length)
+    static char *fd_aligned(size_t length)
     {
         void *found = NULL;
-        if (posix_memalign(&found, 4096, length))
+        return posix_memalign(&found, 4096, length) ? NULL : found;
+    }
+    static char *fd_pages(size_t length)
+    {
+        char *found = fd_aligned(length);
+        if (found == NULL)
             return NULL;
         /* Invariant: resident, as far as we may. When a thread is killed, the kernel does not
            finish a page fault for it and fails the request that it was copying: an I/O error. */
@@ -102,6 +107,7 @@ cdef extern from *:
     int64_t fd_packet(
         int fd, const char *head, size_t head_length, const char *body, size_t length) nogil
     int64_t fd_unpacket(int fd, char *into, size_t length) nogil
+    char *fd_aligned(size_t length) nogil
     char *fd_pages(size_t length) nogil
     void free(void *p) nogil
     int fd_exchange(int *p, int v) nogil
@@ -135,6 +141,13 @@ cdef enum:
     _GATE_POLL_MICROSECONDS = 1000
     _LEASE_POLLS = 20
     _MAX_BACKGROUND = 256
+    # A hole of more than that may take long; each smaller one is not worth a change of threads.
+    _ZERO_AT_ONCE = 4 << 20
+
+# Invariant: all that the kernel hands out at a time finds room, so that no thread is left with a
+# held write in its hands. Left over is room for programs that wait for each write of theirs, which
+# the kernel does not count: each thread of theirs has one request.
+assert PARKED_BYTES_MAX >= _MAX_BACKGROUND * (_MAX_WRITE + _HEAD)
 
 _INTERRUPT = signal.SIGUSR2
 _SESSION_SECONDS_MAX = 10.0
@@ -154,7 +167,7 @@ cdef class DataPath:
     cdef Mapping _mappings[_DISKS_MAX]
     cdef uint64_t _opens[_OPENS_MAX]
     cdef uint64_t _init_unique
-    cdef Parking _parking
+    cdef Parking _parking, _lasting
     cdef object _keep, _on_init, _check_lease, _relay_socket, _threads, _init_reply, _lock
     cdef readonly object session
     cdef readonly int error
@@ -173,7 +186,7 @@ cdef class DataPath:
             self._disks[self._count] = &disk.io
             self._count += 1
         self._on_init, self._check_lease = on_init, check_lease
-        if parking_begin(&self._parking) < 0:
+        if parking_begin(&self._parking, False) < 0 or parking_begin(&self._lasting, True) < 0:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self._threads, self._init_reply, self._lock = {}, None, threading.Lock()
         # ``session`` is the end for pyfuse3, which reads and writes it as if it were the device.
@@ -207,7 +220,7 @@ cdef class DataPath:
                 while not fd_load_int(&self._stopping):
                     n = fd_receive(self._device, head, _HEAD, body, _MAX_WRITE)
                     if n >= 0:
-                        self._dispatch(slot, head, body, <size_t>n)
+                        self._take(slot, head, body, <size_t>n)
                     elif n != -EINTR and n != -EAGAIN and n != -ENOENT:
                         break
         finally:
@@ -220,12 +233,33 @@ cdef class DataPath:
             raise OSError(-n, os.strerror(-n))
         return False
 
-    cdef void _dispatch(self, Py_ssize_t slot, char *head, char *body, size_t n) noexcept nogil:
+    cdef void _take(self, Py_ssize_t slot, char *head, char *body, size_t n) noexcept nogil:
+        """Answer a request that has come, or leave it to those who have the time."""
+        cdef size_t in_head = min(n, <size_t>_HEAD)
         cdef k.fuse_in_header *request = <k.fuse_in_header *>head
-        cdef uint32_t opcode
         if n < sizeof(k.fuse_in_header) or n < 40 or request.len != n:
             return
-        opcode = request.opcode
+        if self._lasts(head, n) and park(&self._lasting, head, in_head, body, n - in_head):
+            return
+        self._dispatch(slot, head, body, n)
+
+    cdef bint _lasts(self, char *head, size_t n) noexcept nogil:
+        """Whether it has to wait for a disk: a few of these would keep all others waiting too."""
+        cdef k.fuse_in_header *request = <k.fuse_in_header *>head
+        cdef k.fuse_write_in *asked = <k.fuse_write_in *>(head + 40)
+        cdef DiskIO *disk
+        if request.opcode == k.FUSE_FSYNC:
+            return True
+        if request.opcode == k.FUSE_FALLOCATE:
+            return n >= 72 and (<k.fuse_fallocate_in *>(head + 40)).length > _ZERO_AT_ONCE
+        if request.opcode != k.FUSE_WRITE or n < _HEAD:
+            return False
+        disk = self._disk(request.nodeid)
+        return disk != NULL and not disk_on_record(disk, asked.offset, n - _HEAD)
+
+    cdef void _dispatch(self, Py_ssize_t slot, char *head, char *body, size_t n) noexcept nogil:
+        cdef k.fuse_in_header *request = <k.fuse_in_header *>head
+        cdef uint32_t opcode = request.opcode
         if opcode == k.FUSE_WRITE or opcode == k.FUSE_FALLOCATE:
             while self._has_to_queue() or not self._change(slot, head, body, n):
                 if park(&self._parking, head, min(n, <size_t>_HEAD), body, n - min(n, <size_t>_HEAD)):
@@ -384,6 +418,33 @@ cdef class DataPath:
         memcpy(reply + 16, &needs, 12)
         self._answer(request.unique, 0, reply, sizeof(reply))
 
+    # --- requests that last --------------------------------------------------------------------
+
+    def work_off(self, Py_ssize_t slot):
+        """Answer what has to wait for a disk; until stop(), after which the rest is handed out again.
+
+        Invariant: a flush begins after it was received, so it covers every write answered before.
+        """
+        cdef Parked *request
+        cdef char *body = fd_aligned(_MAX_WRITE)
+        cdef size_t in_head
+        if body == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                while not fd_load_int(&self._stopping):
+                    await_parked(&self._lasting)
+                    request = NULL if fd_load_int(&self._stopping) else unpark(&self._lasting)
+                    if request != NULL:
+                        in_head = min(request.length, <size_t>_HEAD)
+                        memcpy(body, request.bytes + in_head, request.length - in_head)
+                        self._dispatch(slot, request.bytes, body, request.length)
+                        forget_parked(request)
+        finally:
+            free(body)
+            # The next one's turn to end.
+            wake_parking(&self._lasting)
+
     # --- held requests -------------------------------------------------------------------------
 
     def release_parked(self, Py_ssize_t slot):
@@ -391,7 +452,7 @@ cdef class DataPath:
         cdef Parked *request
         cdef Parked *last
         cdef int polls = 0
-        cdef char *body = fd_pages(_MAX_WRITE)
+        cdef char *body = fd_aligned(_MAX_WRITE)
         cdef size_t rest
         if body == NULL:
             raise MemoryError
@@ -593,6 +654,7 @@ cdef class DataPath:
         """Make the loops end; requests in work are finished. Call again until they have ended."""
         fd_exchange(&self._stopping, 1)
         wake_parking(&self._parking)
+        wake_parking(&self._lasting)
         os.eventfd_write(self._writeback, 1)
         with self._lock:
             for ident in self._threads.values():

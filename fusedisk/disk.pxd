@@ -36,6 +36,7 @@ cdef int64_t disk_write(
 cdef int64_t disk_zero(
     DiskIO *disk, Py_ssize_t slot, uint64_t offset, uint64_t length
 ) noexcept nogil
+cdef bint disk_on_record(DiskIO *disk, uint64_t offset, uint64_t length) noexcept nogil
 cdef int64_t disk_seek(DiskIO *disk, uint64_t offset, int whence) noexcept nogil
 cdef int64_t disk_flush(DiskIO *disk, bint data_only) noexcept nogil
 

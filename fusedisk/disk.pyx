@@ -12,7 +12,7 @@ import os
 from libc.errno cimport EIO, EINTR, EINVAL, ENODATA, ENOSPC, ENXIO, EOPNOTSUPP, EROFS
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fusedisk.activity cimport REGION_SHIFT, ActivityLog, heat
+from fusedisk.activity cimport REGION_SHIFT, ActivityLog, heat, on_record
 from fusedisk.capture cimport CAPTURES_MAX, captures_open, preserve
 from fusedisk.changemap cimport (
     FENCED, GATED, ChangeMap, Control, doubt, enter, held, leave, raise_marks,
@@ -212,6 +212,13 @@ cdef int64_t _write_zeros(DiskIO *disk, uint64_t at, uint64_t end) noexcept nogi
             done = fd_pwrite_all(disk.fd, fd_zeros, min(end - at, _ZEROS), at)
         at += <uint64_t>max(done, 0)
     return min(done, 0)
+
+
+cdef bint disk_on_record(DiskIO *disk, uint64_t offset, uint64_t length) noexcept nogil:
+    """Whether a change of this range need not wait for the activity log, as it seems."""
+    if disk.read_only or length == 0 or offset >= disk.size:
+        return True
+    return on_record(disk.activity, disk.first_region, offset, min(length, disk.size - offset))
 
 
 cdef inline int64_t _make_hole(DiskIO *disk, int64_t offset, int64_t length) noexcept nogil:

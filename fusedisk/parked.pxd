@@ -1,6 +1,9 @@
-"""Requests that are held at the closed gate."""
+"""Requests that have to wait."""
 
 from libc.stdint cimport uint64_t
+
+cdef enum:
+    PARKED_BYTES_MAX = 512 << 20
 
 cdef struct Parked:
     Parked *next
@@ -13,7 +16,7 @@ cdef struct Parking:
     uint64_t held_bytes
     int wake
 
-cdef int parking_begin(Parking *parking) noexcept nogil
+cdef int parking_begin(Parking *parking, bint shared) noexcept nogil
 cdef bint park(
     Parking *parking, const char *head, size_t head_length, const char *body, size_t body_length
 ) noexcept nogil

@@ -1,7 +1,9 @@
-"""A queue of requests held at the closed gate, or of a slowed guest: not threads are parked.
+"""Queues of requests that have to wait: not the threads that serve are parked.
 
-So reads go on however many writers wait. What it holds is bounded; beyond that a thread keeps its
-request in its hands and waits, which slows the guest's other requests but loses nothing.
+One is of requests held at the closed gate, or of a slowed guest; one of those that take a disk's
+time (fusedisk.datapath). So reads go on however many wait. What a queue holds is bounded; beyond that a
+thread keeps its request in its hands and waits, which slows the guest's other requests but loses
+nothing.
 """
 
 from libc.stdint cimport uint64_t
@@ -18,7 +20,7 @@ cdef extern from *:
     static pthread_mutex_t fd_parking = PTHREAD_MUTEX_INITIALIZER;
     static void fd_parking_lock(void) { pthread_mutex_lock(&fd_parking); }
     static void fd_parking_unlock(void) { pthread_mutex_unlock(&fd_parking); }
-    static int fd_eventfd(void) { return eventfd(0, EFD_CLOEXEC); }
+    static int fd_eventfd(int each) { return eventfd(0, EFD_CLOEXEC | (each ? EFD_SEMAPHORE : 0)); }
     static void fd_signal(int fd)
     { uint64_t one = 1; ssize_t done = write(fd, &one, sizeof one); (void)done; }
     static void fd_await(int fd)
@@ -26,19 +28,19 @@ cdef extern from *:
     """
     void fd_parking_lock() nogil
     void fd_parking_unlock() nogil
-    int fd_eventfd() nogil
+    int fd_eventfd(int each) nogil
     void fd_signal(int fd) nogil
     void fd_await(int fd) nogil
 
-# A guest keeps as many requests in flight as its queues hold, of up to 1 MiB each.
-cdef uint64_t _PARKED_BYTES_MAX = 256 << 20
 
+cdef int parking_begin(Parking *parking, bint shared) noexcept nogil:
+    """Make an empty queue; -1 where there is no descriptor left.
 
-cdef int parking_begin(Parking *parking) noexcept nogil:
-    """Make an empty queue; -1 where there is no descriptor left."""
+    Of a ``shared`` one each request, and each call to wake, wakes one of the threads that wait.
+    """
     parking.first = parking.last = NULL
     parking.held_bytes = 0
-    parking.wake = fd_eventfd()
+    parking.wake = fd_eventfd(shared)
     return parking.wake
 
 
@@ -49,7 +51,7 @@ cdef bint park(
     cdef size_t length = head_length + body_length
     cdef Parked *request = NULL
     fd_parking_lock()
-    if parking.held_bytes + length <= _PARKED_BYTES_MAX:
+    if parking.held_bytes + length <= <uint64_t>PARKED_BYTES_MAX:
         request = <Parked *>malloc(sizeof(Parked) + length)
     if request != NULL:
         request.length = length

@@ -25,6 +25,7 @@ from fusedisk.capture import end_abandoned, open_spills
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.checkpoint import keep_checkpoints, open_log, try_to_give_up
 from fusedisk.datapath import DataPath
+from fusedisk.direct import alignment
 from fusedisk.disk import Disk
 from fusedisk.filesystem import DiskFilesystem, NamedDisk
 from fusedisk.keeper import DRAINED, FLUSH_FAILED, SIGNALS
@@ -37,7 +38,12 @@ log = logging.getLogger("fusedisk.server")
 
 T = TypeVar("T")
 
-_THREADS = 2
+# What is cached two would serve as fast; of all else they are the depth that the disk sees. Six of
+# their buffers fit into what any user may lock into memory (8 MiB).
+_THREADS = 4
+_DIRECT_THREADS = 6
+# For flushes and whatever else waits for a disk, while the former go on serving.
+_LASTING_THREADS = 4
 _SESSION_TASKS_MAX = 16
 _CAPTURE_SECONDS = 1.0
 _STANDBY_SECONDS = 0.5
@@ -134,6 +140,7 @@ async def _run(
     """Serve; true at the end of the mount, false when told to make room for another server."""
     limiter = trio.CapacityLimiter(math.inf)
     unmounted, ending = True, False
+    count = _DIRECT_THREADS if any(map(alignment, arguments.images)) else _THREADS
 
     async def native(loop: Callable[..., T], *args: object) -> T:
         try:
@@ -164,7 +171,9 @@ async def _run(
             os.write(arguments.ready, b"ready\n")
             os.close(arguments.ready)
             async with trio.open_nursery() as helpers:
-                helpers.start_soon(native, path.release_parked, _THREADS)
+                helpers.start_soon(native, path.release_parked, count)
+                for slot in range(_LASTING_THREADS):
+                    helpers.start_soon(native, path.work_off, count + 1 + slot)
                 helpers.start_soon(native, path.write_back)
                 async with trio.open_nursery() as threads:
                     signals = await threads.start(_drain_on_signal, path, checkpointing)
@@ -174,7 +183,7 @@ async def _run(
                         unmounted = await native(path.serve, slot)
 
                     async with trio.open_nursery() as serving:
-                        for slot in range(_THREADS):
+                        for slot in range(count):
                             serving.start_soon(serve, slot)
                     signals.cancel()
                 path.stop()

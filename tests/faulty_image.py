@@ -1,8 +1,8 @@
-"""An image whose backing fails when a test says so: a FUSE mount of one file, in a process of its own.
+"""An image whose backing fails when a test says so: a FUSE mount of one file, another process's.
 
-The faults stand in a file that the process looks at for every request, so a test switches them on and
-off by writing it. A request that meets one fails with its errno, or, where that is 0, is held until the
-fault is gone. FALLOCATE is served too, which pyfuse3 cannot: hence the bare protocol.
+The faults stand in a file that the process looks at for every request, so a test switches them on
+and off by writing it. A request that meets one fails with its errno, or, where that is 0, is held
+until the fault is gone. FALLOCATE is served too, which pyfuse3 cannot: hence the bare protocol.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from conftest import wait_for
+from conftest import unavailable, wait_for
 
 from fusedisk import keeper
 
@@ -35,8 +35,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 class FaultyImage:
     """The image as fusedisk is to mount it, and its faults."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.backing, self.path = folder / "backing", folder / "disk.img"
+    def __init__(self, folder: Path, size: int, name: str = "disk.img") -> None:
+        self.backing, self.path = folder / "backing", folder / name
         self._faults, self._seen = folder / "faults", folder / "seen"
         self.backing.touch()
         os.truncate(self.backing, size)
@@ -45,7 +45,7 @@ class FaultyImage:
         self.fail()
 
     def fail(self, *faults: tuple[str, int, int, int]) -> None:
-        """From now on: (operation, first byte, end, errno), where errno 0 holds; none: all is well."""
+        """From now on: (operation, first byte, end, errno), where errno 0 holds it."""
         scratch = self._faults.with_suffix(".new")
         scratch.write_text(json.dumps(faults))
         scratch.rename(self._faults)
@@ -58,6 +58,8 @@ class FaultyImage:
     @contextmanager
     def served(self) -> Iterator["FaultyImage"]:
         """Mount it, and leave neither mount nor process behind."""
+        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+            unavailable("/dev/fuse is missing or not ours to use")
         device = keeper.mount(str(self.path), ["fsname=faulty", "rw"])
         words = [__file__, str(device), str(self.backing), str(self._faults), str(self._seen)]
         process = subprocess.Popen([sys.executable, *words], pass_fds=[device])

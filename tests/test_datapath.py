@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
+from conftest import unavailable, wait_for
+from faulty_image import FaultyImage
 
+from fusedisk import activityfile
+from fusedisk.activity import REGION, ActivityLog
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.datapath import DataPath
 from fusedisk.disk import Disk
@@ -23,6 +26,7 @@ BEYOND = 1 << 20
 CHUNK = 4096
 READ, WRITE, FSYNC, INIT, INTERRUPT, IOCTL, FALLOCATE, LSEEK = 15, 16, 20, 26, 36, 39, 43, 46
 HEADER = struct.Struct("<IIQQIIII")
+GENERATION = "0d4c7a52-52d8-4b39-9f0e-3f5f3a3c1b7e"
 REQUESTS = int(os.environ.get("FUSEDISK_REQUESTS", "4000"))
 ODD = (
     0,
@@ -44,13 +48,26 @@ ODD = (
 class Kernel:
     """The other end of the device: sends requests, and knows the replies."""
 
-    def __init__(self, folder: Path) -> None:
-        self.image = folder / "image"
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        size: int = SIZE,
+        direct: bool = False,
+        activity: ActivityLog | None = None,
+    ) -> None:
+        self.image, self.size = folder / "image", size
         # The file goes on behind the disk, where nothing may ever be written.
-        self.image.write_bytes(bytes(SIZE) + b"\xaa" * BEYOND)
+        with self.image.open("wb") as file:
+            file.truncate(size)
+            file.seek(size)
+            file.write(b"\xaa" * BEYOND)
         self.control = Control.create(folder / "control", 1)
-        self.changes = ChangeMap.create(folder / "map", SIZE, CHUNK)
-        self.file = self.image.open("r+b")
+        self.changes = ChangeMap.create(folder / "map", size, CHUNK)
+        try:
+            self.file = os.open(self.image, os.O_RDWR | (os.O_DIRECT if direct else 0))
+        except OSError as error:
+            unavailable(f"no direct I/O here: {error}")
         self.end, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.device = device
         self.end.setblocking(False)
@@ -58,7 +75,7 @@ class Kernel:
         self.sent = 0
         self.inits: list[bytes] = []
         self.check_lease: Callable[[], bool] = lambda: False
-        disk = Disk(self.control, self.changes, self.file.fileno())
+        disk = Disk(self.control, self.changes, self.file, activity=activity)
         self.path = DataPath(
             device.fileno(),
             [disk],
@@ -67,8 +84,9 @@ class Kernel:
             check_lease=lambda: self.check_lease(),
         )
         # In the place of pyfuse3: reads what is passed on, and never answers.
-        loops = [(self.path.serve, 0), (self.path.serve, 1), (self.path.release_parked, 2)]
-        self.threads = [threading.Thread(target=loop, args=(n,)) for loop, n in loops]
+        path = self.path
+        loops = [path.serve, path.serve, path.release_parked, path.work_off, path.work_off]
+        self.threads = [threading.Thread(target=it, args=(n,)) for n, it in enumerate(loops)]
         self.threads.append(threading.Thread(target=self._discard))
         for thread in self.threads:
             thread.start()
@@ -121,25 +139,40 @@ class Kernel:
 
     def close(self) -> None:
         self.control.set_gate(False)
-        while any(t.is_alive() for t in self.threads[:3]):
+        while any(t.is_alive() for t in self.threads[:-1]):
             self.path.stop()
             time.sleep(0.005)
         self.path.close()
-        self.threads[3].join()
+        self.threads[-1].join()
         self.path.session.close()
         self.end.close()
         self.device.close()
-        self.file.close()
+        os.close(self.file)
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> Iterator[Kernel]:
+def interruptible() -> Iterator[None]:
     # What takes a thread out of its wait for the device; the server has the same handler.
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    yield
+    signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, interruptible: None) -> Iterator[Kernel]:
     made = Kernel(tmp_path)
     yield made
     made.close()
-    signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.fixture(params=[False, True], ids=["cached", "direct"])
+def either_kernel(
+    tmp_path: Path, interruptible: None, request: pytest.FixtureRequest
+) -> Iterator[Kernel]:
+    """With an image whose size whole blocks make up, if it is opened with O_DIRECT."""
+    made = Kernel(tmp_path, size=BEYOND if request.param else SIZE, direct=request.param)
+    yield made
+    made.close()
 
 
 def write_request(offset: int, data: bytes, size: int | None = None) -> bytes:
@@ -179,7 +212,8 @@ def test_sizes_that_are_not_what_came(kernel: Kernel) -> None:
     assert kernel.image.read_bytes() == bytes(SIZE) + b"\xaa" * BEYOND
 
 
-def test_any_request_is_answered_or_ignored(kernel: Kernel) -> None:
+def test_any_request_is_answered_or_ignored(either_kernel: Kernel) -> None:
+    kernel = either_kernel
     chance = random.Random(REQUESTS)
     natives = (READ, WRITE, FSYNC, LSEEK, FALLOCATE, IOCTL, INTERRUPT)
     for _ in range(REQUESTS):
@@ -203,10 +237,10 @@ def test_any_request_is_answered_or_ignored(kernel: Kernel) -> None:
     for _ in range(20):
         assert kernel.read(0, 512)[0] == 0
     content = kernel.image.read_bytes()
-    assert len(content) == SIZE + BEYOND
-    assert content[SIZE:] == b"\xaa" * BEYOND
-    for chunk in range(0, SIZE, CHUNK):
-        assert not any(content[chunk : min(chunk + CHUNK, SIZE)]) or kernel.changes.last(
+    assert len(content) == kernel.size + BEYOND
+    assert content[kernel.size :] == b"\xaa" * BEYOND
+    for chunk in range(0, kernel.size, CHUNK):
+        assert not any(content[chunk : min(chunk + CHUNK, kernel.size)]) or kernel.changes.last(
             chunk // CHUNK
         )
     assert kernel.control.quiet(1)
@@ -245,6 +279,61 @@ def test_nobody_is_asked_while_nothing_is_held(kernel: Kernel) -> None:
         assert kernel.ask(WRITE, 2, write_request(0, b"early"))[0] == -errno.EROFS
         time.sleep(0.1)
         assert len(asked) == number + 1
+
+
+def test_discards_are_held_as_writes_are(kernel: Kernel) -> None:
+    """Short ones and such that another thread takes, in the order in which they came."""
+    assert kernel.ask(WRITE, 2, write_request(0, b"d" * 60000))[0] == 0
+    kernel.control.advance()
+    kernel.control.set_gate(True)
+    holes = [(0, 4096), (3 * CHUNK, 1 << 40)]
+    held = [
+        kernel.send(FALLOCATE, 2, struct.pack("<QQQII", 0, at, length, 3, 0))
+        for at, length in holes
+    ]
+    wait_for(lambda: kernel.path.parked_bytes >= 2 * 72, "both are parked")
+    for _ in range(20):
+        assert kernel.read(0, 60000) == (0, b"d" * 60000)
+    assert not kernel.replies.keys() & set(held)
+    kernel.control.set_gate(False)
+
+    def answered() -> bool:
+        kernel.receive()
+        return set(held) <= kernel.replies.keys()
+
+    wait_for(answered, "the held discards are answered")
+    assert [kernel.replies[number][0] for number in held] == [0, 0]
+    assert kernel.read(0, 60000) == (0, bytes(4096) + b"d" * 2 * CHUNK + bytes(60000 - 3 * CHUNK))
+    assert [kernel.changes.last(chunk) for chunk in range(4)] == [2, 1, 1, 2]
+
+
+def test_reads_go_on_beside_first_writes_to_regions(tmp_path: Path, interruptible: None) -> None:
+    """Each waits until its region is on record, on a disk that takes its time."""
+    regions = 4
+    record = FaultyImage(tmp_path, 8192)
+    activityfile.create(record.backing, GENERATION, regions)
+    with record.served():
+        activity = ActivityLog(record.path, GENERATION)
+        kernel = Kernel(tmp_path, size=regions * REGION, activity=activity)
+        try:
+            record.fail(("write", 0, 8192, 0))
+            writes = [
+                kernel.send(WRITE, 2, write_request(n * REGION, b"w")) for n in range(regions)
+            ]
+            for _ in range(20):
+                assert kernel.read(0, 4096) == (0, bytes(4096))
+            assert not kernel.replies.keys() & set(writes)
+        finally:
+            record.fail()
+
+            def answered() -> bool:
+                kernel.receive()
+                return set(writes) <= kernel.replies.keys()
+
+            wait_for(answered, "the writes are answered")
+            kernel.close()
+            activity.close()
+    assert [kernel.replies[number][0] for number in writes] == [0] * regions
 
 
 def test_a_refusal_is_for_what_came_before_the_question(kernel: Kernel) -> None:

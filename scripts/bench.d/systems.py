@@ -13,7 +13,7 @@ from common import run
 from fusedisk import keeper
 
 # As many as the disk server has (fusedisk/server.py).
-NULL_THREADS = 2
+NULL_THREADS = 4
 _HERE = Path(__file__).parent
 
 
