@@ -34,6 +34,7 @@ ODD = (
     511,
     512,
     4096,
+    BEYOND - 1,
     SIZE - 1,
     SIZE,
     SIZE + 1,

@@ -14,7 +14,8 @@ from test_mapped import read_direct
 
 MIB = 1 << 20
 SIZE = 64 * MIB
-DISKS = 3
+# As many as threads that serve (fusedisk/server.py).
+DISKS = 4
 
 
 @pytest.fixture
