@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -83,11 +83,12 @@ def test_a_flush_in_work_is_waited_for_by_an_upgrade(
     mount = fuse(image.path)
     mount.mount()
     before = mount.server()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         with flushing([image], mount) as (flush,):
             upgrade = pool.submit(fusedisk, "upgrade", mount.mountpoint)
-            # Time enough for a server that does not wait.
-            time.sleep(1)
+            # Until the server has stopped reading requests.
+            while wait([pool.submit(read_direct, mount.disk(), 4096, 0)], 1).done:
+                time.sleep(0.05)
             assert mount.server() == before and not flush.done() and not upgrade.done()
         flush.result(20)
         assert upgrade.result(60).returncode == 0
