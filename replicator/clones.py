@@ -25,7 +25,7 @@ import msgspec
 from fusedisk.errors import FuseDiskError
 from replicator.files import Files
 from replicator.journal import JournalDamaged
-from replicator.manifest import PRIVATE_DIRECTORY, JournalRef, Manifest, Point
+from replicator.manifest import PRIVATE_DIRECTORY, JournalRef, Manifest, Point, Received
 from replicator.points import drop_oldest
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -36,7 +36,8 @@ def clone_directory(directory: Path) -> Path:
     return directory / PRIVATE_DIRECTORY / "clones"
 
 
-def _next_path(directory: Path, disk: int) -> Path:
+def next_path(directory: Path, disk: int) -> Path:
+    """Return where the pass being received has a disk."""
     return clone_directory(directory) / f"next.{disk}"
 
 
@@ -49,13 +50,15 @@ class ClonePass:
         directory: Path,
         begin: Sequence[int],
         before: ClonePass | None = None,
+        kept: Received | None = None,
     ) -> None:
-        """Start a pass from the files `begin`, which nobody changes meanwhile. Raises OSError.
+        """Start a pass from the files `begin`, which nobody changes meanwhile, or go on with one.
 
         Where the pass `before` was published into these, what is left of it is as good as a clone,
-        and this takes it over.
+        and this takes it over. Raises OSError.
         """
         self._files, self._directory, self._begin = files, directory, begin
+        self.id = uuid.uuid4().hex if kept is None else kept.id
         self._next: dict[int, int] = {}
         self._equal: dict[int, int] = {}
         if before is not None:
@@ -65,8 +68,20 @@ class ClonePass:
         self.path = clone_directory(directory)
         self.records = 0
         make_directory(files, directory)
-        if before is None:
+        if kept is not None:
+            self._go_on(kept)
+        elif before is None:
             remove_next(files, directory)
+
+    def _go_on(self, kept: Received) -> None:
+        try:
+            for disk in kept.clones or ():
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._next[disk] = os.open(next_path(self._directory, disk), flags)
+        except BaseException:
+            self.close()
+            raise
+        self.records = len(self._next)
 
     def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
         """Write data. Raises OSError."""
@@ -84,7 +99,7 @@ class ClonePass:
             if disk in self._equal:
                 self._next[disk] = self._equal.pop(disk)
             if disk not in self._next:
-                path = _next_path(self._directory, disk)
+                path = next_path(self._directory, disk)
                 fd = self._files.create(path)
                 try:
                     self._files.clone(self._begin[disk], fd)
@@ -96,14 +111,19 @@ class ClonePass:
                 self._next[disk] = fd
             return self._next[disk]
 
-    def seal(self, generation: str, epoch: int, time: float) -> JournalRef:
-        """Make the pass durable; what to name in the manifest. Raises OSError."""
-        for fd in self._next.values():
+    def sync(self) -> list[int]:
+        """Make durable what was written before, and return which disks that is. Raises OSError."""
+        with self._mutex:
+            written = dict(self._next)
+        for fd in written.values():
             # Invariant: content and names are durable before a manifest names them.
             self._files.sync(fd)
         self._files.sync_directory(self.path)
-        clones = sorted(self._next)
-        return JournalRef(0, uuid.uuid4().hex, generation, epoch, time, clones)
+        return sorted(written)
+
+    def seal(self, generation: str, epoch: int, time: float) -> JournalRef:
+        """Make the pass durable; what to name in the manifest. Raises OSError."""
+        return JournalRef(0, self.id, generation, epoch, time, self.sync())
 
     def close(self) -> None:
         """Close the files and leave them as they are. Repeating it is fine."""
@@ -128,15 +148,17 @@ def make_directory(files: Files, directory: Path) -> None:
         files.sync_directory(folder.parent)
 
 
-def remove_next(files: Files, directory: Path) -> int:
+def remove_next(files: Files, directory: Path, kept: Sequence[int] = ()) -> int:
     """Remove the files of a pass, which must not be committed, and return how many.
 
-    Not durable: those that come back are not named by a manifest. Raises OSError.
+    Those of the disks in `kept` stay. Not durable: those that come back are not named by a
+    manifest. Raises OSError.
     """
     removed = 0
     folder = clone_directory(directory)
     if folder.is_dir():
-        for path in sorted(folder.glob("next.*")):
+        staying = {next_path(directory, disk) for disk in kept}
+        for path in sorted(set(folder.glob("next.*")) - staying):
             files.unlink(path)
             removed += 1
     return removed
@@ -211,7 +233,7 @@ def publish(
     ref = manifest.journal
     assert ref is not None and ref.clones is not None
     try:
-        paths = [_next_path(directory, disk) for disk in ref.clones]
+        paths = [next_path(directory, disk) for disk in ref.clones]
         passed = _open(paths, manifest, ref.clones)
     except FuseDiskError as error:
         raise JournalDamaged(str(error)) from error

@@ -64,7 +64,6 @@ class DecidableReplica(HeldReplica):
                     f"replica {self.name!r} has no whole point: its images are no state that the "
                     "disks ever had; --force takes them as they are, check them before use"
                 )
-            self._drop_pass()
             self._promote(token)
 
     def roll_back(self, point_id: int) -> None:
@@ -77,7 +76,7 @@ class DecidableReplica(HeldReplica):
         with self._at_rest():
             with self._excluding():
                 self._require_not_promoted()
-                self._drop_pass()
+                self._forget_pass()
                 self._drop_published()
                 manifest = self._manifest
             with clear_errors(f"cannot roll replica {self.name!r} back"):
@@ -99,6 +98,7 @@ class DecidableReplica(HeldReplica):
         """Record the promotion; the replica is at rest and nobody shares it."""
         # Promoted implies applied and synced: nothing of ours flushes these images afterwards.
         self._sync_images()
+        self._forget_pass()
         self._drop_published()
         try:
             points = self._manifest.points

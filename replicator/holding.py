@@ -96,6 +96,7 @@ class HeldReplica:
         self._published: ClonePass | None = None
         self._filling: int | None = None
         self._dropped = 0
+        self._begun = False
         self._apply_mutex = threading.Lock()
         self._condition = threading.Condition()
         self._shared = 0
@@ -190,13 +191,13 @@ class HeldReplica:
 
     def close(self) -> None:
         """Close the images after the calls under way; nothing is synced, and a pass not committed
-        is dropped. Repeating it is fine."""
+        is dropped but for what a checkpoint noted. Repeating it is fine."""
         with self._apply_mutex, self._alone():
             if self._closed:
                 return
             self._closed = True
             try:
-                self._drop_pass()
+                self._leave_pass()
                 self._drop_published()
                 if self._committed is not None:
                     self._committed.close()
@@ -222,6 +223,19 @@ class HeldReplica:
         # For messages, prepared with every write: a Path would cost as much as the write.
         return f"{self._directory}/{self._manifest.disks[disk].name}"
 
+    def _range(self, number: int, offset: int, length: int) -> tuple[int, int]:
+        """Return the place and the descriptor of the source's disk if the range lies within it."""
+        if not 0 <= number < len(self._numbers):
+            raise FuseDiskError(f"replica {self.name!r} has no disk number {number}")
+        disk = self._numbers[number]
+        size = self._manifest.disks[disk].size
+        if offset < 0 or length < 0 or offset + length > size:
+            raise FuseDiskError(
+                f"{length} bytes at {offset} are outside disk "
+                f"{self._manifest.disks[disk].name!r} of {size} bytes"
+            )
+        return disk, self._fds[disk]
+
     def _require_not_promoted(self) -> None:
         if self._manifest.state == "promoted":
             raise FuseDiskError(
@@ -233,6 +247,28 @@ class HeldReplica:
         if self._receiving is not None:
             self._receiving.drop()
             self._receiving = None
+
+    def _leave_pass(self) -> None:
+        """Leave of the pass what is noted; the next session may go on with it."""
+        receiving, received = self._receiving, self._manifest.received
+        if receiving is not None and received is not None and received.id == receiving.id:
+            receiving.close()
+            self._receiving = None
+        self._drop_pass()
+
+    def _forget_pass(self) -> None:
+        """Drop the pass being received, or what is kept of one that was cut off."""
+        received = self._manifest.received
+        if received is not None:
+            # Invariant: nothing is claimed any more of files that another pass is to have.
+            self._record(msgspec.structs.replace(self._manifest, received=None))
+        if self._receiving is None and received is not None:
+            with clear_errors(f"cannot remove a pass of replica {self.name!r}"):
+                if received.clones is None:
+                    remove_journals(self._files, self._directory, [received.slot])
+                else:
+                    remove_next(self._files, self._directory)
+        self._drop_pass()
 
     def _drop_published(self) -> None:
         if self._published is not None:

@@ -45,6 +45,7 @@ _MAGIC, _VERSION = b"FDREDO1\n", 1
 _HEADER = struct.Struct("<8sII")
 _DATA_BYTES_MAX = 1 << 20
 _BODY_BYTES_MAX = 1 << 16
+_LENGTHS_MAX = {DATA: _DATA_BYTES_MAX, ZERO: 2**63 - 1}
 SLOTS = (0, 1)
 
 
@@ -98,27 +99,53 @@ def remove_journals(files: Files, directory: Path, slots: Sequence[int] = SLOTS)
 class JournalWriter:
     """A pass being received. Methods may be called from any thread."""
 
-    def __init__(self, files: Files, directory: Path, slot: int, header: JournalHeader) -> None:
-        """Start a journal in a slot that no manifest names. Raises OSError."""
+    def __init__(
+        self, files: Files, directory: Path, slot: int, header: JournalHeader, kept: int = 0
+    ) -> None:
+        """Start a journal in a slot that no manifest names, or go on after its `kept` bytes.
+
+        Raises OSError, and JournalDamaged where these are not what was written.
+        """
         self._files = files
-        self._header = header
-        self.slot = slot
+        self.id, self.slot = header.id, slot
         self.path = journal_directory(directory) / str(slot)
+        self._key = _key(header.id)
+        self._heads = xxhash.xxh3_128()
+        self._mutex = threading.Lock()
+        self.records = 0
+        self._kept = 0, kept
+        if kept:
+            self._go_on(header, kept)
+            return
         if not self.path.parent.is_dir():
             files.mkdir(self.path.parent)
             files.sync_directory(self.path.parent.parent)
         with suppress(FileNotFoundError):
             files.unlink(self.path)
-        self._key = _key(header.id)
-        self._heads = xxhash.xxh3_128()
-        self._mutex = threading.Lock()
-        self.records = 0
         self._fd = files.create(self.path)
         try:
             self._end = files.write(self._fd, [_encode_header(header)], 0)
         except BaseException:
             self.drop()
             raise
+
+    def _go_on(self, header: JournalHeader, kept: int) -> None:
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError as error:
+            raise JournalDamaged(f"journal {self.path} is missing") from error
+        try:
+            begin = _check_header(self.path, self._fd, header.id, header.source_id)
+            self._kept = begin, kept
+            for raw, _, _ in _heads(self.path, self._fd, self._key, begin, kept):
+                self._heads.update(raw)
+                self.records += 1
+            # What is beyond was not synced, and may be torn.
+            self._files.truncate(self._fd, kept)
+        except BaseException:
+            self.close()
+            raise
+        self._end = kept
 
     def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
         """Append data, with its xxh3-128 where that is known. Raises OSError."""
@@ -135,8 +162,26 @@ class JournalWriter:
         if length:
             self._append(ZERO, disk, offset, length, NO_DIGEST, b"")
 
+    def sync(self) -> int:
+        """Make durable what was appended before, and return its length. Raises OSError."""
+        with self._mutex:
+            end = self._end
+        self._files.sync(self._fd)
+        self._files.sync_directory(self.path.parent)
+        return end
+
     def seal(self, generation: str, epoch: int, time: float) -> JournalRef:
-        """Make the journal whole and durable; what to name in the manifest. Raises OSError."""
+        """Make the journal whole and durable; what to name in the manifest.
+
+        Raises OSError, and JournalDamaged where what was kept is not what was written.
+        """
+        # Invariant: what lay here since a pass was cut off is looked at before it is committed;
+        # damage that is found later costs the point.
+        for _, head, at in _heads(self.path, self._fd, self._key, *self._kept):
+            if head.kind == DATA:
+                data = _read_exactly(self.path, self._fd, head.length, at)
+                if xxhash.xxh3_128_digest(data) != head.digest:
+                    raise JournalDamaged(f"journal {self.path} is damaged at byte {at}")
         trailer = _Trailer(generation, epoch, self._heads.hexdigest())
         body = msgspec.json.encode(trailer)
         digest = xxhash.xxh3_128_digest(body)
@@ -144,7 +189,7 @@ class JournalWriter:
         # Invariant: content and name are durable before a manifest names this journal.
         self._files.sync(self._fd)
         self._files.sync_directory(self.path.parent)
-        return JournalRef(self.slot, self._header.id, generation, epoch, time)
+        return JournalRef(self.slot, self.id, generation, epoch, time)
 
     def close(self) -> None:
         """Close the file and leave it as it is. Repeating it is fine."""
@@ -192,7 +237,7 @@ def read_journal(
 def _read(
     path: Path, fd: int, ref: JournalRef, source_id: str, disks: Sequence[ReplicaDisk]
 ) -> Iterator[Record]:
-    position = _check_header(path, fd, ref, source_id)
+    position = _check_header(path, fd, ref.id, source_id)
     key = _key(ref.id)
     heads = xxhash.xxh3_128()
     count = 0
@@ -222,7 +267,22 @@ def _read(
         count += 1
 
 
-def _check_header(path: Path, fd: int, ref: JournalRef, source_id: str) -> int:
+def _heads(
+    path: Path, fd: int, key: int, position: int, end: int
+) -> Iterator[tuple[bytes, Head, int]]:
+    """Yield the heads of the records between two places, checked, each with where its data is."""
+    while position < end:
+        raw = _read_exactly(path, fd, HEAD_BYTES, position)
+        head = decode_head(raw, key)
+        if head is None or head.kind not in (DATA, ZERO) or head.length > _LENGTHS_MAX[head.kind]:
+            raise JournalDamaged(f"journal {path} is damaged at byte {position}")
+        yield raw, head, position + HEAD_BYTES
+        position += HEAD_BYTES + (head.length if head.kind == DATA else 0)
+    if position > end:
+        raise JournalDamaged(f"journal {path} is damaged (a record goes beyond byte {end})")
+
+
+def _check_header(path: Path, fd: int, journal_id: str, source_id: str) -> int:
     """Check that this is the journal meant; return where its records begin."""
     fixed = _read_exactly(path, fd, _HEADER.size, 0)
     magic, version, length = _HEADER.unpack(fixed)
@@ -236,8 +296,8 @@ def _check_header(path: Path, fd: int, ref: JournalRef, source_id: str) -> int:
         header = msgspec.json.decode(body[:length], type=JournalHeader)
     except msgspec.DecodeError as error:
         raise JournalDamaged(f"journal {path} is damaged ({error})") from error
-    if header.id != ref.id or header.source_id != source_id:
-        raise JournalDamaged(f"journal {path} is not the one that was committed")
+    if header.id != journal_id or header.source_id != source_id:
+        raise JournalDamaged(f"journal {path} is not the one that the manifest names")
     return begin
 
 

@@ -31,12 +31,14 @@ import msgspec
 from fusedisk.errors import FuseDiskError
 from fusedisk.sealed import SealBroken, seal, unseal
 from replicator.files import Files
+from replicator.messages import RECEIVED_MAX
 from replicator.retention import parse_policy
 
 PRIVATE_DIRECTORY = ".fusedisk"
 MANIFEST_VERSION = 3
 _UNSEALED_VERSION = 2
 MAX_ABORTED_TOKENS = 16
+CLAIMS_MAX = RECEIVED_MAX
 MAX_EPOCH = 2**32 - 1
 _MAX_DISK_SIZE = 2**63 - 1
 _MANIFEST_BYTES_MAX = 16 << 20
@@ -81,6 +83,35 @@ class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk: Annotated[int, msgspec.Meta(ge=0, le=2**16)]
     offset: Annotated[int, msgspec.Meta(ge=0, le=_MAX_DISK_SIZE)]
     order: list[str]
+
+
+class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What nobody wrote after `epoch`, of all before byte `offset` of a disk, is as at the source.
+
+    Disks are counted as they are sent.
+    """
+
+    epoch: Epoch
+    disk: Annotated[int, msgspec.Meta(ge=0, le=2**16)]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=_MAX_DISK_SIZE)]
+
+
+class Received(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is durable of a pass that starts from the point (generation, epoch), to go on with.
+
+    It is the first `length` bytes of the journal in `slot`, or with `clones` the disks so numbered
+    (clones.py). `claims` hold of it and of the images where it has nothing; they are ordered from
+    the farthest place and oldest epoch to the nearest and newest. `order` names the disks as sent.
+    """
+
+    id: Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern="^[0-9a-f]*$")]
+    generation: Text
+    epoch: Epoch
+    order: list[str]
+    claims: Annotated[list[Claim], msgspec.Meta(min_length=1, max_length=CLAIMS_MAX)]
+    slot: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
+    length: Annotated[int, msgspec.Meta(ge=0)] = 0
+    clones: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
 
 
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,6 +160,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     promoted_at: float | None = None
     stamps: list[dict[str, str | int]] = []
     filled: Filled | None = None
+    received: Received | None = None
 
     @property
     def committed(self) -> tuple[str | None, int | None]:
@@ -240,6 +272,12 @@ def _contradiction(manifest: Manifest) -> str | None:
     if manifest.journal is not None and manifest.journal.clones is not None:
         clones = manifest.journal.clones
         if clones != sorted(set(clones)) or not clones or clones[-1] >= len(manifest.disks):
+            return "a pass to disks that are not there"
+    if (received := manifest.received) is not None:
+        begun = received.generation, received.epoch
+        if manifest.state != "following" or begun != manifest.committed:
+            return "a pass that does not start from the point committed last"
+        if any(disk >= len(manifest.disks) for disk in received.clones or ()):
             return "a pass to disks that are not there"
     ids = [point.id for point in manifest.points]
     if ids != sorted(set(ids)) or (ids and ids[-1] >= manifest.next_point):

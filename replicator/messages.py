@@ -32,6 +32,8 @@ DIGEST_BYTES = 16
 HASH_BLOCK_BYTES = 64 * KIB
 HASH_LENGTH_MAX = 256 * MIB
 """Bytes of disk one `HashRequest` may cover."""
+RECEIVED_MAX = 16
+"""Points that an `Opened` names of a pass to go on with."""
 HASH_SEGMENTS_MAX = HASH_LENGTH_MAX // HASH_BLOCK_BYTES
 
 # What an encoded Segment takes besides its digests: four names (31 bytes with their lengths), a map
@@ -109,7 +111,7 @@ class Open(Message, frozen=True):
 
 
 class Reached(Message, frozen=True):
-    """A point on the way of a fill or comparison: all before it is as at the epoch, or newer.
+    """A point on the way of a pass: all before it that was not written since is as at the epoch.
 
     "Before" counts the disks in the order of `Open`.
     """
@@ -123,7 +125,8 @@ class Reached(Message, frozen=True):
 class Opened(Message, frozen=True):
     """What the receiver has under that name. ``applying``: its images are between two points.
 
-    ``reached`` is durable, of a first fill or comparison that was cut off.
+    ``reached`` is durable, of a first fill or comparison that was cut off. ``received`` is of a
+    later pass, on top of the committed epoch: each holds by itself.
     """
 
     state: Literal["new", "existing", "filling", "following", "promoted"]
@@ -132,17 +135,20 @@ class Opened(Message, frozen=True):
     token: Ident | None
     applying: bool = False
     reached: Reached | None = None
+    received: Annotated[list[Reached], Meta(max_length=RECEIVED_MAX)] = []
 
 
 class Begin(Message, frozen=True):
     """A pass starts: what follows until `Commit` belongs to this epoch.
 
     `data_bytes`: about how much data it will have; 0 where that is not known, or little.
+    `continues`: on top of what Opened said to be `received`, which is dropped otherwise.
     """
 
     epoch: Count
     kind: Literal["fill", "compare", "pass"]
     data_bytes: Count = 0
+    continues: bool = False
 
 
 class HashRequest(Message, frozen=True):
@@ -193,9 +199,14 @@ class Hashes(Message, frozen=True):
 
 
 class Checkpoint(Message, frozen=True):
-    """All transfers of the pass before this point have been sent; worth noting durably."""
+    """All transfers of the pass before this point have been sent; worth noting durably.
+
+    How many there were since Begin, and a digest over them.
+    """
 
     reached: Reached
+    transfers: Count
+    digest: Annotated[bytes, Meta(max_length=64)]
 
 
 class Commit(Message, frozen=True):

@@ -8,6 +8,7 @@ images by a thread, while the worker receives the next one.
 import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeAlias, TypeVar, TypeVarTuple
 
 import trio
@@ -141,18 +142,8 @@ class Receiver:
                 )
             assert replica is not None
             manifest = replica.manifest
-            state = "new" if replica.status == "new" else manifest.state
-            await link.send(
-                m.Opened(
-                    state,
-                    manifest.generation,
-                    manifest.epoch,
-                    manifest.token,
-                    manifest.applying,
-                    _reached(replica),
-                )
-            )
-            log.info("replica %s: %s at epoch %s", opening.name, state, manifest.epoch)
+            await link.send(_opened(replica))
+            log.info("replica %s: %s at epoch %s", opening.name, manifest.state, manifest.epoch)
             queue = EventQueue()
             with one_error():
                 async with trio.open_nursery() as nursery:
@@ -296,17 +287,16 @@ async def _work(
                 hashes = await trio.to_thread.run_sync(_hash, replica, event, seed)
                 await link.send(hashes)
             case m.Checkpoint():
+                _require_equal(event, digest)
                 # Beside what follows; one that comes while another is noted is let go.
                 if not checkpointing.locked():
                     nursery.start_soon(_checkpoint, replica, event.reached, checkpointing)
             case m.Begin():
                 digest = TransferDigest()
-                await trio.to_thread.run_sync(
-                    replica.begin, event.epoch, generation, event.data_bytes
-                )
+                begin = partial(replica.begin, continues=event.continues)
+                await trio.to_thread.run_sync(begin, event.epoch, generation, event.data_bytes)
             case m.Commit():
-                if (event.transfers, event.digest) != (digest.count, digest.value()):
-                    raise m.RemoteProtocolError("the pass is not the one that was sent")
+                _require_equal(event, digest)
                 await trio.to_thread.run_sync(_commit, replica, event)
                 await link.send(m.Committed(event.generation, event.epoch))
                 # Beside the next pass; commit, promote and hashes wait for it.
@@ -385,17 +375,29 @@ async def _answer(link: Link, proof: DiskProof, nonce: int, answering: trio.Sema
         answering.release()
 
 
+def _opened(replica: Replica) -> m.Opened:
+    manifest, filled, kept = replica.manifest, replica.filled, replica.received
+    state = "new" if replica.status == "new" else manifest.state
+    point = manifest.generation, manifest.epoch
+    reached, received = None, []
+    if filled is not None:
+        reached = m.Reached(filled.generation, filled.epoch, filled.disk, filled.offset)
+    if kept is not None:
+        received = [m.Reached(kept.generation, c.epoch, c.disk, c.offset) for c in kept.claims]
+    return m.Opened(state, *point, manifest.token, manifest.applying, reached, received)
+
+
+def _require_equal(said: m.Checkpoint | m.Commit, digest: TransferDigest) -> None:
+    # Invariant: nothing is noted or committed that is not what was sent, in that order.
+    if (said.transfers, said.digest) != (digest.count, digest.value()):
+        raise m.RemoteProtocolError("the pass is not the one that was sent")
+
+
 async def _checkpoint(replica: Replica, at: m.Reached, checkpointing: trio.Lock) -> None:
     async with checkpointing:
         await trio.to_thread.run_sync(
             replica.checkpoint, at.generation, at.epoch, at.disk, at.offset
         )
-
-
-def _reached(replica: Replica) -> m.Reached | None:
-    if (filled := replica.filled) is None:
-        return None
-    return m.Reached(filled.generation, filled.epoch, filled.disk, filled.offset)
 
 
 def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:

@@ -17,9 +17,10 @@ import msgspec
 from fusedisk.errors import FuseDiskError
 from replicator.clones import publish, remove_next
 from replicator.files import Files
-from replicator.journal import JournalDamaged, read_journal, remove_journals
-from replicator.manifest import Manifest, Point, settle_manifest, write_manifest
+from replicator.journal import SLOTS, JournalDamaged, read_journal, remove_journals
+from replicator.manifest import Manifest, Point, Received, settle_manifest, write_manifest
 from replicator.points import remove_unlisted, save_undo, still_there
+from replicator.received import is_there
 
 log = logging.getLogger("replicator.store")
 
@@ -114,6 +115,7 @@ def unknown(manifest: Manifest) -> Manifest:
         applying=True,
         journal=None,
         filled=None,
+        received=None,
         # What is repaired is not recorded for undoing.
         points=[],
     )
@@ -144,8 +146,9 @@ def recover(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int
     # Invariant: what was read here is durable before a journal it does not name is removed.
     settle_manifest(files, directory)
     left = still_there(directory, manifest)
-    if left != manifest.points:
-        manifest = msgspec.structs.replace(manifest, points=left)
+    received = manifest.received if is_there(directory, manifest) else None
+    if left != manifest.points or received != manifest.received:
+        manifest = msgspec.structs.replace(manifest, points=left, received=received)
         write_manifest(files, directory, manifest)
     if manifest.journal is not None:
         epoch = manifest.journal.epoch
@@ -162,7 +165,17 @@ def recover(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int
             report_damage(directory, damage, len(manifest.points))
             manifest = unknown(manifest)
         write_manifest(files, directory, manifest)
-    if remove_journals(files, directory) + remove_next(files, directory):
+    if _remove_leftovers(files, directory, manifest.received):
         log.info("replica %s: removed what was left in its journal", directory.name)
     remove_unlisted(files, directory, manifest.points)
     return manifest
+
+
+def _remove_leftovers(files: Files, directory: Path, received: Received | None) -> int:
+    """Remove passes that are neither committed nor noted as received, and return how many files."""
+    slots, disks = list(SLOTS), []
+    if received is not None:
+        disks = received.clones or []
+        if received.clones is None:
+            slots.remove(received.slot)
+    return remove_journals(files, directory, slots) + remove_next(files, directory, disks)

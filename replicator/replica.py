@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fusedisk.errors import FuseDiskError
+from replicator.checkpoints import CheckpointedReplica
 from replicator.clones import ClonePass, preserve
-from replicator.deciding import DecidableReplica
 from replicator.holding import Status, TargetFull
 from replicator.images import HashSegment, create_replica, hash_segments, open_images
-from replicator.journal import SLOTS, JournalHeader, JournalWriter
+from replicator.journal import SLOTS, JournalDamaged, JournalHeader, JournalWriter
 from replicator.manifest import (
     PRIVATE_DIRECTORY,
-    Filled,
     Point,
     ReplicaDisk,
     check_disks,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Replica", "TargetFull"]
 
 
-class Replica(DecidableReplica):
+class Replica(CheckpointedReplica):
     """An open replica: passes into it, and its hashes. Any thread may call any method."""
 
     @classmethod
@@ -193,15 +192,24 @@ class Replica(DecidableReplica):
             with clear_errors(f"cannot read image {self._image(disk)}"):
                 return list(hash_segments(fd, offset, length, seed, block))
 
-    def begin(self, epoch: int, generation: str | None = None, data_bytes: int = 0) -> None:
+    def begin(
+        self,
+        epoch: int,
+        generation: str | None = None,
+        data_bytes: int = 0,
+        *,
+        continues: bool = False,
+    ) -> None:
         """Begin a pass towards `epoch`; one that was cut off is dropped and may be begun again.
 
         What a checkpoint noted of (`generation`, `epoch`) holds on, of any other it is forgotten.
+        With `continues` the pass is the one in `received`, which goes on.
 
         `data_bytes` is about how much data it will have, if that is known.
 
         Before the first point, what the images are to go through is recorded durably. Raises
-        FuseDiskError if the replica is promoted, TargetFull where a journal would not fit. The
+        FuseDiskError if the replica is promoted, TargetFull where a journal would not fit, and
+        JournalDamaged where what was to go on is not what was written; it is dropped then. The
         oldest points are dropped to make it fit, but none that is in use.
         """
         check_epoch(epoch)
@@ -212,14 +220,19 @@ class Replica(DecidableReplica):
         with self._dropping_if_full():
             with self._excluding():
                 self._require_not_promoted()
-                self._drop_pass()
+                if not continues:
+                    self._forget_pass()
             if not self._cloning and self._manifest.state == "following":
                 self._make_room_for(data_bytes)
-            self._begin(epoch, generation)
+            if continues:
+                self._go_on(generation)
+            else:
+                self._begin(epoch, generation)
 
     def _begin(self, epoch: int, generation: str | None) -> None:
         with self._excluding():
             self._require_not_promoted()
+            self._begun = True
             manifest = self._manifest
             if manifest.state == "filling":
                 filled = manifest.filled
@@ -244,38 +257,6 @@ class Replica(DecidableReplica):
             )
             with clear_errors(f"cannot begin a journal for replica {self.name!r}"):
                 self._receiving = JournalWriter(self._files, self._directory, slot, header)
-
-    @property
-    def filled(self) -> Filled | None:
-        """How far a pass to the first point came that was cut off; None where that is not known."""
-        filled = self._manifest.filled
-        return filled if filled is not None and filled.order == self._order() else None
-
-    def checkpoint(self, generation: str, epoch: int, disk: int, offset: int) -> None:
-        """Note durably that the pass to the first point is there up to byte `offset` of a disk.
-
-        Covers the writes that returned before. Without effect in any other pass. Raises
-        FuseDiskError on an I/O error.
-        """
-        check_text("generation", generation)
-        with self._dropping_if_full():
-            self._checkpoint(generation, epoch, disk, offset)
-
-    def _checkpoint(self, generation: str, epoch: int, disk: int, offset: int) -> None:
-        with self._sharing():
-            if self._manifest.state != "filling" or self._filling != epoch:
-                return
-            self._range(disk, offset, 0)
-            # Invariant: what the manifest claims to be there is durable before it says so.
-            self._sync_images()
-        with self._excluding():
-            # The pass may have ended meanwhile, or another one begun.
-            if self._manifest.state == "filling" and self._filling == epoch:
-                filled = Filled(generation, epoch, disk, offset, self._order())
-                self._record(msgspec.structs.replace(self._manifest, filled=filled))
-
-    def _order(self) -> list[str]:
-        return [self._manifest.disks[number].name for number in self._numbers]
 
     def commit(
         self,
@@ -314,11 +295,15 @@ class Replica(DecidableReplica):
                 )
             if self._receiving is not None and self._receiving.records:
                 points = before_commit(last.points, parse_policy(last.keep), now, self._pinned())
-                with clear_errors(f"cannot sync {self._receiving.path}"):
-                    if self._cloning:
-                        points = preserve(self._files, self._directory, self._fds, points)
-                    ref = self._receiving.seal(generation, epoch, now)
-                    ref = msgspec.structs.replace(ref, frozen=frozen)
+                try:
+                    with clear_errors(f"cannot sync {self._receiving.path}"):
+                        if self._cloning:
+                            points = preserve(self._files, self._directory, self._fds, points)
+                        ref = self._receiving.seal(generation, epoch, now)
+                        ref = msgspec.structs.replace(ref, frozen=frozen)
+                except JournalDamaged:
+                    self._forget_pass()
+                    raise
                 # Invariant: from here on the journal may be named by a manifest, so only the next
                 # open may drop it.
                 if isinstance(self._receiving, JournalWriter):
@@ -326,7 +311,9 @@ class Replica(DecidableReplica):
                 self._committed, self._receiving = self._receiving, None
                 # Invariant: this record is the commit; nothing is acknowledged or applied before.
                 self._record(
-                    msgspec.structs.replace(last, applying=True, journal=ref, points=points)
+                    msgspec.structs.replace(
+                        last, applying=True, journal=ref, points=points, received=None
+                    )
                 )
                 return
             self._drop_pass()
@@ -347,6 +334,7 @@ class Replica(DecidableReplica):
                     state="following",
                     applying=False,
                     filled=None,
+                    received=None,
                     points=[
                         *before_commit(last.points, parse_policy(last.keep), now, self._pinned()),
                         Point(last.next_point, generation, epoch, now, frozen=frozen),
@@ -363,19 +351,6 @@ class Replica(DecidableReplica):
         """
         with self._at_rest():
             self._thin()
-
-    def _range(self, number: int, offset: int, length: int) -> tuple[int, int]:
-        """Return the place and the descriptor of the source's disk if the range lies within it."""
-        if not 0 <= number < len(self._numbers):
-            raise FuseDiskError(f"replica {self.name!r} has no disk number {number}")
-        disk = self._numbers[number]
-        size = self._manifest.disks[disk].size
-        if offset < 0 or length < 0 or offset + length > size:
-            raise FuseDiskError(
-                f"{length} bytes at {offset} are outside disk "
-                f"{self._manifest.disks[disk].name!r} of {size} bytes"
-            )
-        return disk, self._fds[disk]
 
     def _require_changeable(self) -> None:
         self._require_not_promoted()

@@ -20,9 +20,11 @@ from replicator.captured import SPILL_BYTES, CapturedSource, GivenUp, claim, unc
 from replicator.compression import Compressor
 from replicator.freeze import Instant
 from replicator.lineage import holds_base
-from replicator.link import Link, say_last
+from replicator.link import Link
 from replicator.progress import Progress
+from replicator.questions import Questions
 from replicator.rates import Rates
+from replicator.remainder import Remainder, can_go_on, remainder
 from replicator.running import first_error
 from replicator.source import Source
 from replicator.transfers import Readable, TransferDigest, differing
@@ -38,7 +40,7 @@ _REREAD_PING_SECONDS = 5.0
 _TIMES_SENT_MAX = 3
 
 
-class Session:
+class Session(Questions):
     """Sends one replica over one link. ``committed`` is the last epoch the target has durably."""
 
     def __init__(
@@ -52,7 +54,8 @@ class Session:
         rates: Rates | None = None,
         compressor: Compressor | None = None,
     ) -> None:
-        self._source, self._link = source, link
+        super().__init__(link)
+        self._source = source
         self._name, self._instance = name, instance
         self._sent = sent
         self._rates = rates or Rates()
@@ -62,7 +65,6 @@ class Session:
         self._unread: list[Unread] = []
         self._checkpointed_at = 0.0
         self._pass_bytes = 0
-        self._answers: deque[m.Hashes] = deque()
         self.seed = secrets.randbits(63)
         self._digest = TransferDigest()
         self.progress = progress
@@ -79,6 +81,7 @@ class Session:
         self.captured: CapturedSource | None = None
         self.given_up = GivenUp()
         self._instants_only = False
+        self._kept: Remainder | None = None
         self.repairs: list[tuple[int, int, int]] = []
         """(disk, start, end) to send with the next pass, whether it changed or not."""
         self.spill_bytes = SPILL_BYTES
@@ -121,7 +124,7 @@ class Session:
         reached = opened.reached
         if opened.state == "new":
             await self._fill()
-        elif reached is not None and self._can_go_on(reached):
+        elif reached is not None and can_go_on(self._source, reached):
             name = self._source.record.disks[reached.disk].name
             self.cause = f"the first copy was cut off at byte {reached.offset} of {name}"
             await self._compare(reached)
@@ -132,6 +135,7 @@ class Session:
                     "directory put back? Remove the replica, or the state directory"
                 )
             self.committed = opened.epoch
+            self._kept = remainder(self._source, opened)
         elif await holds_base(self, self._source, opened):
             self.on_phase("comparing")
             self.committed = opened.epoch
@@ -150,18 +154,28 @@ class Session:
     async def next_pass(self) -> None:
         """Close an epoch and send what changed since the committed one, as it was at that instant.
 
-        Raises FuseDiskError when the mount is gone.
+        A pass that was cut off goes on with what the target has of it. Raises FuseDiskError when
+        the mount is gone.
         """
         assert self.committed is not None
+        left = self._kept
         while True:
-            data = await trio.to_thread.run_sync(self._source.changed_data, self.committed)
+            if left is None or self.repairs:
+                left = Remainder(self._source, self.committed)
+            self._kept = None
+            data = await trio.to_thread.run_sync(left.data_bytes)
+            if left.continues:
+                log.info("going on with a pass that was cut off; about %d bytes are left", data)
             data += sum(end - start for _, start, end in self.repairs)
-            await self._begin(self._source.control.epoch, "pass", data)
-            if (epoch := await self._send_instant(self.committed)) is not None:
-                return await self._commit(epoch)
+            await self._begin(self._source.control.epoch, "pass", data, continues=left.continues)
+            if (epoch := await self._send_instant(left)) is not None:
+                await self._commit(epoch)
+                self._instants_only = True
+                return
+            left = None
 
-    async def _send_instant(self, since: int) -> int | None:
-        """Send what changed after epoch ``since`` up to one instant; return its epoch.
+    async def _send_instant(self, left: Remainder) -> int | None:
+        """Send what is left up to one instant; return its epoch.
 
         Where the guest overwrites more than the spill holds before it was read, the capture is
         given up: what was sent of it is a base, and only what changed meanwhile is captured next.
@@ -173,18 +187,25 @@ class Session:
             async with await claim(self._source, self.spill_bytes) as captured:
                 before = time.time(), trio.current_time()
                 async with self.frozen() as closing:
-                    await captured.close_epoch(since)
+                    await captured.close_epoch(left.since)
                 self._closing = captured.epoch, *before
                 self.captured = captured
                 try:
-                    ranges = [await trio.to_thread.run_sync(captured.ranges, d) for d in disks]
+                    ranges = [
+                        await trio.to_thread.run_sync(left.ranges, captured, disk) for disk in disks
+                    ]
                     totals = [sum(end - start for start, end in of_disk) for of_disk in ranges]
                     self.progress.begin("pass", totals)
                     for disk in disks:
-                        await self._send_ranges(disk, ranges[disk], holes=True, readable=captured)
+                        await self._send_ranges(
+                            *(disk, ranges[disk]),
+                            holes=True,
+                            readable=captured,
+                            epoch=captured.epoch if self._may_go_on else None,
+                        )
                     # Last, since no copies are made of what a capture has passed.
                     for disk, start, end in await trio.to_thread.run_sync(
-                        unchanged, self._source.maps, self.repairs, since
+                        unchanged, self._source.maps, self.repairs, left.since
                     ):
                         await self._send_ranges(
                             disk, [(start, end)], holes=True, count=False, readable=captured
@@ -209,47 +230,18 @@ class Session:
                 return None
             # Read live, so no part of an instant: if it changed since, it is part of the next.
             await self._read_again()
-            since = captured.epoch
+            left = Remainder(self._source, captured.epoch)
+            if self._may_go_on:
+                end = self._source.record.disks[-1].size
+                await self._say_reached(captured.epoch, len(disks) - 1, end)
 
-    async def ping(self) -> None:
-        """Prove the round trip through the target's worker and disk. Raises LinkLost."""
-        nonce = 1 + secrets.randbits(32)
-        await self._link.send(m.Ping(nonce))
-        while True:
-            # No time limit of its own: much may be on its way before it over a slow link.
-            event = await self._link.receive_soon()
-            if isinstance(event, m.Hashes):
-                self._answers.append(event)
-            if isinstance(event, m.Pong) and event.nonce == nonce:
-                return
-            if isinstance(event, m.Failed | m.Bye):
-                raise trio.TooSlowError("the receiver ended the session")
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether what is sent is worth noting: marks alone say what the target then lacks.
 
-    async def hashes(self, disk: int, offset: int, length: int) -> list[m.Segment]:
-        """What the target holds in a range, after all that was sent before.
-
-        Raises Refused, LinkLost, TooSlowError or RemoteProtocolError.
+        Not so for repairs, which are sent whatever the marks say, nor before there is an instant.
         """
-        await self.ask_hashes(disk, offset, length)
-        return await self.take_hashes(disk, offset, length)
-
-    async def ask_hashes(self, disk: int, offset: int, length: int) -> None:
-        """The first half of `hashes`; a few may be under way, answered in the order asked."""
-        await self._link.send(m.HashRequest(disk, offset, length))
-
-    async def take_hashes(self, disk: int, offset: int, length: int) -> list[m.Segment]:
-        """The second half of `hashes`, for the range asked for first."""
-        if self._answers:
-            answer = self._answers.popleft()
-        else:
-            answer = await self._link.expect(m.Hashes)
-        if (answer.disk, answer.offset, answer.length) != (disk, offset, length):
-            raise m.RemoteProtocolError("peer hashed another range")
-        return answer.segments
-
-    async def goodbye(self) -> None:
-        """End the session in order."""
-        await say_last(self._link, m.Bye())
+        return self._instants_only and not self.repairs
 
     async def _fill(self) -> None:
         await self.held()
@@ -267,16 +259,6 @@ class Session:
                 disk, ((o, o + n) for o, n in extents), holes=False, epoch=epoch
             )
         await self._commit(epoch, consistent=False)
-
-    def _can_go_on(self, reached: m.Reached) -> bool:
-        """Whether what a target has of a pass that was cut off is part of our history."""
-        record = self._source.record
-        return (
-            reached.generation == record.generation
-            and reached.epoch < self._source.control.epoch
-            and reached.disk < len(record.disks)
-            and reached.offset <= record.disks[reached.disk].size
-        )
 
     async def _compare(self, reached: m.Reached | None = None) -> None:
         """Compare all, or go on from a point that a pass before had reached, towards its epoch.
@@ -326,7 +308,7 @@ class Session:
         if self._instants_only:
             # Invariant: a target that has been one instant goes from there to another one.
             await self._read_again()
-            if (instant := await self._send_instant(epoch)) is None:
+            if (instant := await self._send_instant(Remainder(self._source, epoch))) is None:
                 return await self._compare()
             epoch = instant
         await self._commit(epoch, consistent=self._instants_only)
@@ -334,11 +316,13 @@ class Session:
     async def _checkpoint(self, epoch: int, disk: int, offset: int) -> None:
         """Let the target note now and then how far a long pass has come."""
         now = trio.current_time()
-        if self._unread or now < self._checkpointed_at + _CHECKPOINT_SECONDS:
-            return
-        self._checkpointed_at = now
-        generation = self._source.record.generation
-        await self._link.send(m.Checkpoint(m.Reached(generation, epoch, disk, offset)))
+        if not self._unread and now >= self._checkpointed_at + _CHECKPOINT_SECONDS:
+            await self._say_reached(epoch, disk, offset)
+
+    async def _say_reached(self, epoch: int, disk: int, offset: int) -> None:
+        self._checkpointed_at = trio.current_time()
+        reached = m.Reached(self._source.record.generation, epoch, disk, offset)
+        await self._link.send(m.Checkpoint(reached, self._digest.count, self._digest.value()))
 
     async def _close_epoch(self) -> int:
         before = time.time(), trio.current_time()
@@ -352,14 +336,16 @@ class Session:
         self._rates.sent(count, now - self._working_since)
         self._working_since = now
 
-    async def _begin(self, epoch: int, kind: str, data_bytes: int = 0) -> None:
+    async def _begin(
+        self, epoch: int, kind: str, data_bytes: int = 0, *, continues: bool = False
+    ) -> None:
         self._digest = TransferDigest()
         self._unread = []
         self._pass_bytes = 0
         self._frozen = False
         self._checkpointed_at = trio.current_time()
         self._working_since = trio.current_time()
-        await self._link.send(m.Begin(epoch, kind, data_bytes))  # type: ignore[arg-type]
+        await self._link.send(m.Begin(epoch, kind, data_bytes, continues))  # type: ignore[arg-type]
 
     async def _commit(self, epoch: int, *, consistent: bool = True) -> None:
         # Invariant: an epoch is not committed while anything of it could not be read.

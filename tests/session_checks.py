@@ -13,7 +13,7 @@ from pathlib import Path
 from simulated_disk import SimulatedFiles, Tree
 from simulated_mount import CHUNK, SimulatedMount
 
-from replicator.manifest import Manifest, manifest_path, read_manifest
+from replicator.manifest import MAX_EPOCH, Manifest, Received, manifest_path, read_manifest
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -48,6 +48,8 @@ def check_crash(mount: SimulatedMount, told: Acknowledged, tree: Tree, scratch: 
         manifest = replica.manifest
         images = [(scratch / REPLICA / disk.name).read_bytes() for disk in manifest.disks]
         check_replica(mount, told, manifest, images)
+        if manifest.received is not None:
+            _check_received(mount, replica, scratch, manifest.received)
 
 
 def check_replica(
@@ -83,6 +85,32 @@ def _check_base(mount: SimulatedMount, images: list[bytes], epoch: int, ends: li
             if not same and changes.last(start // CHUNK) <= epoch:
                 raise Wrong(
                     f"disk {disk} differs at {start}, which is not marked since epoch {epoch}"
+                )
+
+
+def _check_received(
+    mount: SimulatedMount, replica: Replica, scratch: Path, received: Received
+) -> None:
+    """What is kept of a pass, with the images where it has nothing, is as its claims say."""
+    if received.generation != mount.record.generation:
+        return
+    replica.begin(MAX_EPOCH, received.generation, continues=True)
+    replica.commit(received.generation, MAX_EPOCH)
+    replica.apply()
+    for disk, changes in enumerate(mount.maps):
+        found = (scratch / REPLICA / replica.manifest.disks[disk].name).read_bytes()
+        for start in range(0, len(found), CHUNK):
+            stop = min(start + CHUNK, len(found))
+            claimed = [
+                claim.epoch
+                for claim in received.claims
+                if (claim.disk, claim.offset) >= (disk, stop)
+            ]
+            epoch = max([received.epoch, *claimed])
+            same = found[start:stop] == mount.content[disk][start:stop]
+            if not same and changes.last(start // CHUNK) <= epoch:
+                raise Wrong(
+                    f"what is kept differs on disk {disk} at {start}, not marked since {epoch}"
                 )
 
 

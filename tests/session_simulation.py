@@ -46,7 +46,8 @@ class SessionSimulation(World):
         log.setLevel(logging.INFO)
         log.propagate = False
         try:
-            run(self.seed, self._main)
+            with self.in_little_pieces():
+                run(self.seed, self._main)
         except BaseException as error:
             wrong = _first_wrong(error)
             if wrong is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import trio
 from session_checks import REPLICA, Acknowledged, Wrong, check_one_side, promoted
-from simulated_mount import Fenced, SimulatedMount
+from simulated_mount import CHUNK, Fenced, SimulatedMount
 from simulated_network import SimulatedNetwork
 from simulated_process import Process, Threads
 from simulated_target import SimulatedTarget
@@ -59,6 +61,16 @@ class World:
         self._rpo = rng.choice((0.2, 1.0, 5.0))
         self._spill_bytes = rng.choice((1 << 14, 1 << 16, 1 << 20))
         self._pause_max = rng.choice((0.1, 1.0, 4.0))
+
+    @contextlib.contextmanager
+    def in_little_pieces(self) -> Iterator[None]:
+        """The disks are small: what they have is sent in as many batches as of larger ones."""
+        with (
+            mock.patch("replicator.sender._CHECKPOINT_SECONDS", self._rng.choice((0.0, 0.1, 2.0))),
+            mock.patch("replicator.transfers.DATA_BYTES_MAX", 2 * CHUNK),
+            mock.patch("replicator.batches._PIECES_MAX", 1),
+        ):
+            yield
 
     async def _guest(self) -> None:
         rng = self._rng

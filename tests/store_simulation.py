@@ -3,24 +3,27 @@
 Before each file operation of a run the power is cut: what may be left is laid out elsewhere, opened
 as a receiver does after a restart (which may be killed or lose power too), and has to be the point
 last acknowledged, or the one whose commit was under way, whole and over all disks. Then a pass of
-changes alone has to bring it to the next point: nothing is compared or filled again.
+changes alone has to bring it to the next point: nothing is compared or filled again. Where a pass
+was cut off that is kept, only what its claims leave out is sent.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from simulated_disk import Killed, SimulatedFiles, Tree
 
-from replicator.manifest import ReplicaDisk
+from replicator.manifest import Claim, ReplicaDisk
 from replicator.pointview import PointView
 from replicator.replica import Replica
 from replicator.store import Store
 
 GENERATION = "generation"
+# No multiple of a sector, so that what is sent begins and ends within some.
+BLOCK = 100
 Range = tuple[int, int, int]
 
 
@@ -28,16 +31,26 @@ class Wrong(AssertionError):
     """A crash left what may not be; the text has the seed and the way there."""
 
 
+class Cut(Exception):
+    """The link was lost in the midst of a pass."""
+
+
 class Source:
-    """What the guest's disks hold, and which ranges changed since the last known point."""
+    """What the guest's disks hold, and in which epoch each block was last written."""
 
     def __init__(self, rng: random.Random, sizes: list[int]) -> None:
         self._rng = rng
         self.content = [bytearray(size) for size in sizes]
-        self.unsent: list[Range] = []
-        self.scribble()
+        self._marks = [[0] * -(-size // BLOCK) for size in sizes]
 
-    def scribble(self) -> None:
+    def copy(self, rng: random.Random) -> Source:
+        """The same disks, on whose future something else decides."""
+        copied = Source(rng, [])
+        copied.content = [bytearray(content) for content in self.content]
+        copied._marks = [list(marks) for marks in self._marks]
+        return copied
+
+    def scribble(self, epoch: int) -> None:
         """The guest writes data and zeros."""
         for _ in range(self._rng.randint(1, 5)):
             disk = self._rng.randrange(len(self.content))
@@ -46,7 +59,23 @@ class Source:
             zero = self._rng.random() < 0.25
             data = bytes(end - start) if zero else self._rng.randbytes(end - start)
             self.content[disk][start:end] = data
-            self.unsent.append((disk, start, end))
+            for block in range(start // BLOCK, -(-end // BLOCK)):
+                self._marks[disk][block] = epoch
+
+    def changed(self, since: int, claims: Sequence[Claim] = ()) -> list[Range]:
+        """What was written after an epoch and is not claimed to be there, in order."""
+        found: list[Range] = []
+        for disk, marks in enumerate(self._marks):
+            for block, mark in enumerate(marks):
+                start = block * BLOCK
+                end = min(start + BLOCK, len(self.content[disk]))
+                holding = [c.epoch for c in claims if (c.disk, c.offset) >= (disk, end)]
+                if mark <= max([since, *holding]):
+                    continue
+                if found and found[-1][0] == disk and found[-1][2] == start:
+                    start = found.pop()[1]
+                found.append((disk, start, end))
+        return found
 
     def send(self, replica: Replica, ranges: list[Range]) -> None:
         for disk, start, end in ranges:
@@ -83,7 +112,7 @@ class Simulation:
         # A store may be moved to a filesystem of the other kind between two runs.
         self._clones = self._rng.choice((0.0, 1.0, 1.0, 0.5))
         self._files = SimulatedFiles(scratch / "run", {})
-        self.crashes = 0
+        self.crashes = self.continued = 0
 
     def run(self) -> None:
         """Raises Wrong."""
@@ -99,7 +128,7 @@ class Simulation:
                     self._settle(replica)
                     for _ in range(self._rng.randint(1, 6)):
                         self._pass(replica)
-            except Killed:
+            except (Killed, Cut):
                 continue
         self._files.kill_at = None
         with self._opened(self._files) as replica:
@@ -117,22 +146,30 @@ class Simulation:
     def _settle(self, replica: Replica) -> None:
         """The sender learns from the handshake what the target holds."""
         epoch = replica.manifest.epoch
-        if epoch is not None and epoch == self._under_way:
-            self._source.unsent = []
         self._acknowledged, self._under_way = epoch, None
 
     def _pass(self, replica: Replica) -> None:
-        self._source.scribble()
+        source, since = self._source, replica.manifest.committed[1]
         self._epoch += 1
-        full = replica.manifest.committed == (None, None)
-        replica.begin(self._epoch)
-        if not full and self._rng.random() < 0.2:
-            self._source.send(replica, self._source.unsent[:1])
-            replica.begin(self._epoch)
+        source.scribble(self._epoch)
+        claims = self._begin(replica, self._epoch, self._rng)
+        if since is not None and self._rng.random() < 0.2:
+            self._send(replica, source, source.changed(since, claims)[:1])
+            replica.begin(self._epoch, GENERATION)
+            claims = []
         if self._rng.random() < 0.5:
             replica.apply()
-        self._source.send(replica, self._source.everything() if full else self._source.unsent)
-        self._points[self._epoch] = self._source.snapshot()
+        if since is None:
+            source.send(replica, source.everything())
+        else:
+            self._send(replica, source, source.changed(since, claims))
+            while self._rng.random() < 0.25:
+                # The spill was full: what was sent is a base, and the pass goes on from there.
+                replica.checkpoint(GENERATION, self._epoch, 1, self._disks[1].size)
+                self._epoch += 1
+                source.scribble(self._epoch)
+                self._send(replica, source, source.changed(self._epoch - 1))
+        self._points[self._epoch] = source.snapshot()
         replica_before_commit = self._rng.random() < 0.5
         if replica_before_commit:
             replica.apply()
@@ -140,9 +177,26 @@ class Simulation:
         self._now += self._rng.randint(1, 5)
         replica.commit(GENERATION, self._epoch, self._now)
         self._acknowledged, self._under_way = self._epoch, None
-        self._source.unsent = []
         if self._rng.random() < 0.5:
             replica.apply()
+
+    def _begin(self, replica: Replica, epoch: int, rng: random.Random) -> Sequence[Claim]:
+        """Begin a pass, mostly by going on with one that was cut off; what it has."""
+        received = replica.received
+        continues = received is not None and rng.random() < 0.8
+        replica.begin(epoch, GENERATION, continues=continues)
+        if received is None or not continues:
+            return []
+        self.continued += 1
+        return received.claims
+
+    def _send(self, replica: Replica, source: Source, ranges: list[Range]) -> None:
+        for each in ranges:
+            if self._rng.random() < 0.05:
+                raise Cut
+            source.send(replica, [each])
+            if self._rng.random() < 0.3:
+                replica.checkpoint(GENERATION, self._epoch, each[0], each[2])
 
     def _crash(self) -> None:
         for _ in range(self._samples):
@@ -153,23 +207,26 @@ class Simulation:
             except Exception as error:
                 raise self._wrong(str(error) or repr(error), trees) from error
 
-    def _look_after(self, trees: list[Tree], *, may_crash: bool) -> None:
+    def _look_after(
+        self, trees: list[Tree], source: Source | None = None, *, may_crash: bool
+    ) -> None:
         files = SimulatedFiles(self._scratch / "after", trees[-1])
         files.clones = self._chance.random() < self._clones
         if may_crash and self._chance.random() < 0.5:
             files.kill_at = self._chance.randint(0, 25)
         state = self._acknowledged, self._under_way
+        source = source or self._source.copy(self._chance)
         try:
             with self._opened(files) as replica:
                 self._check(replica, files)
                 if replica.manifest.epoch is not None:
                     # Found at its open, so nothing may bring it back to what was before.
                     self._acknowledged, self._under_way = replica.manifest.epoch, None
-                    self._go_on(replica, files)
+                    self._go_on(replica, files, source)
         except Killed:
             self.crashes += 1
             trees.append(files.crash(self._chance))
-            self._look_after(trees, may_crash=False)
+            self._look_after(trees, source, may_crash=False)
         finally:
             self._acknowledged, self._under_way = state
 
@@ -194,16 +251,16 @@ class Simulation:
                 view.close()
             assert found == self._points[point.epoch], f"point of epoch {point.epoch} is wrong"
 
-    def _go_on(self, replica: Replica, files: SimulatedFiles) -> None:
-        base = self._points[replica.manifest.epoch or 0]
-        source = Source(self._chance, [len(content) for content in base])
-        source.content = [bytearray(content) for content in base]
-        source.unsent = []
-        source.scribble()
+    def _go_on(self, replica: Replica, files: SimulatedFiles, source: Source) -> None:
         following = 1_000_000 + len(self._points)
+        source.scribble(following)
         self._points[following] = source.snapshot()
-        replica.begin(following)
-        source.send(replica, source.unsent)
+        since = replica.manifest.epoch or 0
+        claims = self._begin(replica, following, self._chance)
+        for each in source.changed(since, claims):
+            source.send(replica, [each])
+            if self._chance.random() < 0.2:
+                replica.checkpoint(GENERATION, following, each[0], each[2])
         self._under_way = following
         replica.commit(GENERATION, following, self._now + self._chance.randint(1, 5))
         self._acknowledged, self._under_way = following, None

@@ -67,9 +67,12 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
         st.none() | ident,
         st.booleans(),
         st.none() | reached,
+        st.lists(reached, max_size=m.RECEIVED_MAX),
     ),
-    m.Checkpoint: st.builds(m.Checkpoint, reached),
-    m.Begin: st.builds(m.Begin, count, st.sampled_from(["fill", "compare", "pass"])),
+    m.Checkpoint: st.builds(m.Checkpoint, reached, count, st.binary(max_size=64)),
+    m.Begin: st.builds(
+        m.Begin, count, st.sampled_from(["fill", "compare", "pass"]), count, st.booleans()
+    ),
     Data: st.one_of(
         st.builds(Data.of, disk, offset, st.binary(min_size=1, max_size=300)),
         # Whether it can be unpacked is for whoever unpacks it; lengths are the wire's business.
@@ -184,7 +187,7 @@ def example(kind: type[Event]) -> Event:
             65538,
             [m.Segment(0, 65537, False, bytes(range(32))), m.Segment(65537, 1, True, b"")],
         ),
-        m.Checkpoint: m.Checkpoint(m.Reached("gen", 3, 1, 1 << 20)),
+        m.Checkpoint: m.Checkpoint(m.Reached("gen", 3, 1, 1 << 20), 17, bytes(16)),
         m.Committed: m.Committed("gen", 3),
         m.ReadRequest: m.ReadRequest(0, 0, 65537),
         m.Aborted: m.Aborted("t"),

@@ -54,8 +54,8 @@ def _event(kind: type[Event], noise: random.Random, offered: list[int]) -> Event
         m.Hello: m.Hello(offered, "replicate", noise.getrandbits(64)),
         m.Welcome: m.Welcome(offered[0]),
         m.Open: m.Open(name, name, name, name, 7, [m.DiskInfo(name, offset, 65536)]),
-        m.Opened: m.Opened("following", name, 7, None),
-        m.Begin: m.Begin(7, "pass"),
+        m.Opened: m.Opened(*("following", name, 7, None), received=[m.Reached(name, 8, 0, offset)]),
+        m.Begin: m.Begin(7, "pass", offset, True),
         Data: Data.of(
             noise.randrange(m.DISKS_MAX), offset, noise.randbytes(noise.randrange(1, 3000))
         ),
@@ -63,7 +63,7 @@ def _event(kind: type[Event], noise: random.Random, offered: list[int]) -> Event
         m.HashRequest: m.HashRequest(0, offset, length),
         m.Hashes: m.Hashes(0, offset, length, [m.Segment(offset, length, True, b"")]),
         m.Commit: m.Commit(name, 7, 3, noise.randbytes(16)),
-        m.Checkpoint: m.Checkpoint(m.Reached(name, 7, 0, offset)),
+        m.Checkpoint: m.Checkpoint(m.Reached(name, 7, 0, offset), 3, noise.randbytes(16)),
         m.Committed: m.Committed(name, 7),
         m.Promote: m.Promote(name, 7),
         m.Promoted: m.Promoted(name, 7),

@@ -1,0 +1,105 @@
+"""What is still to be sent of a pass, where the target keeps a part of one that was cut off.
+
+A claim (epoch, disk, offset) says: whatever lies before that place and was not written after that
+epoch is at the target. Claims of several connections stand beside each other, the newer ones of
+later epochs and nearer places, until one reaches as far as the older. What no claim covers has to
+be sent; beyond all of them what was written after the committed epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from replicator import messages as m
+from replicator.captured import CapturedSource
+from replicator.source import Source
+
+Range = tuple[int, int]
+
+
+class Remainder:
+    """What a target at epoch ``committed`` lacks, with the claims that hold there besides."""
+
+    def __init__(self, source: Source, committed: int, claims: Sequence[m.Reached] = ()) -> None:
+        self._source = source
+        self._claims = sorted(claims, key=lambda claim: (claim.disk, claim.offset))
+        end = len(source.fds) - 1, source.record.disks[-1].size
+        whole = [c.epoch for c in claims if (c.disk, c.offset) >= end]
+        self.since = max([committed, *whole])
+        """What was not written after this epoch is there, on all disks."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether there is a part of a pass to go on with."""
+        return bool(self._claims)
+
+    def ranges(self, captured: CapturedSource, disk: int) -> list[Range]:
+        """(start, end) of what has to be sent of a capture since :attr:`since`. A thread's work."""
+        return self._missing(disk, captured.ranges(disk))
+
+    def data_bytes(self) -> int:
+        """About how much data that is, as of now. A thread's work. Raises OSError."""
+        if not self._claims:
+            return self._source.changed_data(self.since)
+        return sum(
+            length
+            for disk in range(len(self._source.fds))
+            for start, end in self._missing(disk, self._source.changed_ranges(disk, self.since))
+            for _, length in self._source.data_extents(disk, start, end)
+        )
+
+    def _missing(self, disk: int, ranges: list[Range]) -> list[Range]:
+        """What no claim covers of ranges of whole chunks, ascending."""
+        of_disk = self._source.record.disks[disk]
+        found: list[Range] = []
+        begun = 0
+        for claim in self._claims:
+            end = 0
+            if claim.disk > disk or (claim.disk == disk and claim.offset >= of_disk.size):
+                end = of_disk.size
+            elif claim.disk == disk:
+                # A chunk of which only a part was sent is sent again.
+                end = claim.offset // of_disk.chunk_size * of_disk.chunk_size
+            if end > begun:
+                # Invariant: looked at after the epoch to be sent was closed. A chunk whose mark is
+                # no newer than the claim was not written until now, so it is as the target has it.
+                newer = self._source.changed_ranges(disk, claim.epoch)
+                found += _common(_clipped(ranges, begun, end), newer)
+                begun = end
+        return found + _clipped(ranges, begun, of_disk.size)
+
+
+def remainder(source: Source, opened: m.Opened) -> Remainder:
+    """What a target at an epoch of ours lacks; what is not part of our history is not believed."""
+    assert opened.epoch is not None
+    ours = all(can_go_on(source, claim) for claim in opened.received)
+    return Remainder(source, opened.epoch, opened.received if ours else ())
+
+
+def can_go_on(source: Source, reached: m.Reached) -> bool:
+    """Whether what a target has of a pass that was cut off is part of our history."""
+    record = source.record
+    return (
+        reached.generation == record.generation
+        and reached.epoch < source.control.epoch
+        and reached.disk < len(record.disks)
+        and reached.offset <= record.disks[reached.disk].size
+    )
+
+
+def _clipped(ranges: Sequence[Range], start: int, end: int) -> list[Range]:
+    return [(max(a, start), min(b, end)) for a, b in ranges if a < end and b > start]
+
+
+def _common(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
+    """What is in both of two ascending lists."""
+    found: list[Range] = []
+    at = 0
+    for start, end in ranges:
+        while at < len(others) and others[at][1] <= start:
+            at += 1
+        here = at
+        while here < len(others) and others[here][0] < end:
+            found.append((max(start, others[here][0]), min(end, others[here][1])))
+            here += 1
+    return found
