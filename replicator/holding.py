@@ -103,6 +103,7 @@ class HeldReplica:
         self._exclusive = False
         self._closed = False
         self._unusable: str | None = None
+        self._unusable_since: BaseException | None = None
         self._said_in_use: Set[int] = frozenset()
         self.status: Status = status
         """"new" if `open` created the replica, else "existing"."""
@@ -137,11 +138,11 @@ class HeldReplica:
             report_damage(self._directory, damage, len(manifest.points))
             with self._excluding():
                 self._record(unknown(self._manifest))
-                self._unusable = "lost a pass to a damaged journal; open it again and compare"
+                self._give_up("lost a pass to a damaged journal; open it again and compare", damage)
             raise
-        except FuseDiskError:
+        except FuseDiskError as error:
             with self._condition:
-                self._unusable = "failed to apply a pass; open it again"
+                self._give_up("failed to apply a pass; open it again", error.__cause__)
             raise
         with self._excluding():
             # Invariant: the images are durable at this point before the manifest says so, and
@@ -362,8 +363,8 @@ class HeldReplica:
     def _sync_images(self) -> None:
         try:
             sync_images(self._files, self._directory, self._manifest, self._fds)
-        except FuseDiskError:
-            self._unusable = "failed to sync; open it again and repeat the pass"
+        except FuseDiskError as error:
+            self._give_up("failed to sync; open it again and repeat the pass", error.__cause__)
             raise
 
     def _record(self, manifest: Manifest) -> None:
@@ -371,15 +372,22 @@ class HeldReplica:
             write_manifest(self._files, self._directory, manifest)
         except OSError as error:
             # Old or new may be on disk now; only reading it again can tell.
-            self._unusable = "failed to record its state; open it again"
+            self._give_up("failed to record its state; open it again", error)
             raise FuseDiskError(
                 f"cannot write manifest {manifest_path(self._directory)}: {error.strerror}"
             ) from error
         self._manifest = manifest
 
+    def _give_up(self, what: str, cause: BaseException | None) -> None:
+        self._unusable = what
+        # The first one: what fails after it fails because of it.
+        self._unusable_since = self._unusable_since or cause
+
     def _require_usable(self) -> None:
         if self._unusable is not None:
-            raise FuseDiskError(f"replica {self.name!r} {self._unusable}")
+            # Its cause says, as that of the first failure, whether trying again may help: tasks of
+            # a session fail together, and any of their errors may be the one that is told.
+            raise FuseDiskError(f"replica {self.name!r} {self._unusable}") from self._unusable_since
 
     @contextmanager
     def _sharing(self) -> Iterator[None]:

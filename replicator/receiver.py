@@ -34,7 +34,13 @@ from replicator.turns import Turn, ask_for_turn, read_turn
 
 log = logging.getLogger("replicator.receiver")
 
-_IO_ERRORS = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV, errno.EROFS, errno.ESTALE})
+# A disk or a filesystem that may be looked after, and a host that is short of something for now.
+_IO_ERRORS = frozenset(
+    {
+        *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.EROFS, errno.ESTALE),
+        *(errno.ETIMEDOUT, errno.EREMOTEIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    }
+)
 _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
 # Questions that a session may have waiting for the disk; an honest sender waits for each answer.
@@ -216,7 +222,7 @@ def _code(error: Exception) -> str:
         case FuseDiskError() if _is_full(error.__cause__):
             # Not of a pass, but of what is needed besides: a manifest, a new replica.
             return "full"
-        case JournalDamaged():
+        case _ if isinstance(error, JournalDamaged) or isinstance(error.__cause__, JournalDamaged):
             # The sender repairs it by comparing.
             return "damaged"
         case ReplicaBusy():
@@ -230,7 +236,7 @@ def _code(error: Exception) -> str:
 
 
 def _may_pass(cause: BaseException | None) -> bool:
-    """Whether a disk that fails so may work again, once somebody has looked after it."""
+    """Whether what fails so may work again, by itself or once somebody has looked after it."""
     return isinstance(cause, OSError) and cause.errno in _IO_ERRORS
 
 

@@ -80,7 +80,7 @@ class SessionSimulation(World):
             *(self._cut_now, self._cut_soon, self._cut_soon, self._network_down),
             *(self._kill_target, self._power_target, self._kill_sender, self._remount),
             *(self._power_source, self._hang_target, self._fill_target, self._pause),
-            *(self._verify, self._cut_over, self._cut_over),
+            *(self._fail_target, self._verify, self._cut_over, self._cut_over),
         ]
         for _ in range(rng.randint(2, 6)):
             await trio.sleep(rng.random() * rng.choice((0.3, 3.0, 8.0)))
@@ -184,6 +184,11 @@ class SessionSimulation(World):
         await trio.sleep(self._rng.random() * 10)
         self.target.full = False
 
+    async def _fail_target(self) -> None:
+        self.target.failing = True
+        await trio.sleep(self._rng.random() * 10)
+        self.target.failing = False
+
     async def _pause(self) -> None:
         if (follower := self.follower) is not None and follower.state != "cutover":
             with contextlib.suppress(FuseDiskError):
@@ -278,7 +283,7 @@ class SessionSimulation(World):
     async def _mend(self) -> None:
         """Nothing is broken any more: the replica catches up, or is the disk."""
         self.note("all is mended")
-        self.network.down = self.target.full = False
+        self.network.down = self.target.full = self.target.failing = False
         self.network.on_connect = lambda _: None
         self.target.mend()
         if self._sender is not None:

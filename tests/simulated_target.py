@@ -21,11 +21,13 @@ from replicator.store import Store
 class _TargetFiles(SimulatedFiles):
     """Also full at times, and with a process that is killed before some operation."""
 
-    full = False
+    full = failing = False
 
     def _step(self, what: str) -> None:
         if self.full and what.startswith(("write", "create", "truncate")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.failing and what.startswith(("write", "sync")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         super()._step(what)
 
 
@@ -48,6 +50,14 @@ class SimulatedTarget:
     def full(self, value: bool) -> None:
         self.files.full = value
 
+    @property
+    def failing(self) -> bool:
+        return self.files.failing
+
+    @failing.setter
+    def failing(self, value: bool) -> None:
+        self.files.failing = value
+
     async def live(self) -> None:
         """Run the receiver, and run it again whenever it was killed."""
         while True:
@@ -57,9 +67,9 @@ class SimulatedTarget:
             assert process.dead
             self._process = self._network.accept = None
             if self._power_lost:
-                full = self.files.full
+                full, failing = self.files.full, self.files.failing
                 self.files = _TargetFiles(self.root, self.files.crash(self._rng))
-                self.files.full = full
+                self.files.full, self.files.failing = full, failing
                 self._power_lost = False
             self.files.kill_at = None
             await trio.sleep(0 if self._mended else self._rng.random() * 5)
