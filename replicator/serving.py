@@ -7,6 +7,7 @@ from pathlib import Path
 import trio
 
 from replicator.address import Address, UnixAddress
+from replicator.limits import raise_limits
 from replicator.receiver import Receiver
 from replicator.store import Store
 from replicator.transport import sockets, tls
@@ -20,6 +21,7 @@ async def receive(store: Store, addresses: Sequence[Address], settings: Settings
     Prints one line for each address that is listened on; nothing for a stream, which may be our
     standard output. Raises UsageError, FuseDiskError or OSError before anything is served.
     """
+    raise_limits()
     receiver = Receiver(store)
     bound: list[Bound] = []
     try:
