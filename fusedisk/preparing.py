@@ -79,6 +79,11 @@ def prepare(
     # Invariant: no generation goes on where the receiver writes, whose changes no map of ours has;
     # another replica of it would never be sent them.
     believed = old is not None and verdict.reason is None and not born and not standby
+    reason = old.reason if old and believed else verdict.reason
+    if old is None and first:
+        reason = "no earlier mount of the disks is on record"
+    elif born:
+        reason = "the disks are those of a replica that was promoted"
     record = MountRecord(
         old.source_id if old else _source_id(images),
         old.generation if old and believed else str(uuid.uuid4()),
@@ -90,6 +95,7 @@ def prepare(
         [_inode(image.fd) for image in images],
         standby,
         cache,
+        reason,
     )
     try:
         if not believed:

@@ -55,6 +55,8 @@ class MountRecord(msgspec.Struct, forbid_unknown_fields=True):
     standby: bool = False
     # How the images are read and written: "writeback" (page cache) or "none" (O_DIRECT).
     cache: str = "writeback"
+    # Why this generation began, and with it what every replica is compared for.
+    reason: str | None = None
 
 
 class CleanMark(msgspec.Struct, forbid_unknown_fields=True):

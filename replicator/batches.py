@@ -31,13 +31,16 @@ class Unread:
     error: OSError
 
 
+COMMITTED_LATER = "the rest was sent, and the epoch is committed once these can be read"
+"""What becomes of it."""
+
+
 def describe(unread: Sequence[Unread], paths: Sequence[str]) -> str:
-    """One line for a person: what cannot be read, and what becomes of it."""
+    """Half a line for a person: what cannot be read."""
     first, size = unread[0], sum(one.end - one.start for one in unread)
     return (
         f"cannot read {size} bytes of the source, the first at byte {first.start} of "
-        f"{paths[first.disk]}: {first.error.strerror or first.error}; the rest was sent, and the "
-        "epoch is committed once these can be read"
+        f"{paths[first.disk]}: {first.error.strerror or first.error}"
     )
 
 

@@ -83,22 +83,22 @@ async def _read_request(stream: trio.SocketStream) -> tuple[str, bytes]:
 
 
 async def _status(follower: Follower, _: bytes) -> dict[str, Any]:
-    return follower.report()
+    return await follower.report()
 
 
 async def _pause(follower: Follower, _: bytes) -> dict[str, Any]:
     follower.pause(True)
-    return follower.report()
+    return await follower.report()
 
 
 async def _resume(follower: Follower, _: bytes) -> dict[str, Any]:
     follower.pause(False)
-    return follower.report()
+    return await follower.report()
 
 
 async def _set(follower: Follower, rest: bytes) -> dict[str, Any]:
     follower.change(_decode(rest, Changes))
-    return follower.report()
+    return await follower.report()
 
 
 async def _cutover(follower: Follower, rest: bytes) -> dict[str, Any]:

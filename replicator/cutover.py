@@ -152,9 +152,12 @@ class Cutover:
         async with slowing(self._source.control, self._options.slow_floor) as self._slowing:
             yield
 
-    def report(self) -> dict[str, Any]:
+    def left(self) -> int:
+        """Bytes that are left to send; a thread's work."""
+        return self._source.lag(self._session.committed or 0).bytes
+
+    def report(self, left: int) -> dict[str, Any]:
         """The ``cutover`` of the status."""
-        left = self._source.lag(self._session.committed or 0).bytes
         bound = self._options.downtime_seconds_max
         estimate = self._estimate.report(left)
         if estimate["estimate_ms"] is not None:
@@ -175,7 +178,7 @@ class Cutover:
             while not await self._fits():
                 await self._measured_pass()
                 if self._slowing is not None:
-                    left = await trio.to_thread.run_sync(self._left)
+                    left = await trio.to_thread.run_sync(self.left)
                     self._slowing.step(left, self._estimate.dirty_rate, self._estimate.send_rate)
         if limit.cancelled_caught:
             raise NotConverged(
@@ -184,7 +187,7 @@ class Cutover:
             )
 
     async def _fits(self) -> bool:
-        left = await trio.to_thread.run_sync(self._left)
+        left = await trio.to_thread.run_sync(self.left)
         seconds = self._estimate.seconds(left)
         if seconds is None:
             return False
@@ -199,10 +202,6 @@ class Cutover:
         )
         self.on_change()
         return seconds <= self._options.downtime_seconds_max
-
-    def _left(self) -> int:
-        assert self._session.committed is not None
-        return self._source.lag(self._session.committed).bytes
 
     def _shortfall(self) -> str:
         estimate = self._estimate
@@ -232,7 +231,7 @@ class Cutover:
         )
         assert closed is not None
         # The epoch was closed as the pass began.
-        self._estimate.note_dirty(await trio.to_thread.run_sync(self._left), seconds)
+        self._estimate.note_dirty(await trio.to_thread.run_sync(self.left), seconds)
 
     async def _until_applied(self) -> None:
         """A hash is of the images, so its answer waits until the pass is in them."""

@@ -16,6 +16,7 @@ from fusedisk.unsettled import unsettled_text
 
 _BAR_COLUMNS = 28
 _AT_WORK = ("filling", "comparing")
+_NEVER = "never: "
 
 
 def format_seconds(seconds: float) -> str:
@@ -68,6 +69,20 @@ def progress_text(progress: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def outlook_text(entry: dict[str, Any]) -> str | None:
+    """When the replica will have caught up, or why never, and why all is sent or compared."""
+    # A sender of an older version says nothing of either.
+    forecast, parts = entry.get("forecast") or {}, []
+    seconds, reason = forecast.get("caught_up_seconds"), forecast.get("reason") or ""
+    if seconds:
+        parts.append(f"caught up in {format_seconds(seconds)}")
+    elif reason.startswith(_NEVER):
+        parts.append(f"never caught up: {reason.removeprefix(_NEVER)}")
+    if cause := entry.get("cause"):
+        parts.append(f"because {cause}")
+    return _printable(", ".join(parts)) or None
+
+
 def cutover_text(cutover: dict[str, Any]) -> str:
     """What a cutover is doing, and what its downtime would be now; or that it is to be resolved."""
     if cutover.get("state") == "unknown":
@@ -93,11 +108,13 @@ def line(entry: dict[str, Any]) -> str:
     text = f"{entry['name']}: {entry['state']}{error}, {entry['address']}, "
     if entry["cutover"]:
         return text + cutover_text(entry["cutover"])
-    return text + (
+    text += (
         progress_text(entry["progress"])
         if _moving(entry)
         else lag_text(entry) + capture_text(entry)
     )
+    outlook = outlook_text(entry)
+    return f"{text}, {outlook}" if outlook else text
 
 
 def table(entries: Sequence[dict[str, Any]]) -> RenderableType:
@@ -109,6 +126,8 @@ def table(entries: Sequence[dict[str, Any]]) -> RenderableType:
         parts.append(_heading(entry))
         if _moving(entry):
             parts.append(_bars(entry))
+        if not entry["cutover"] and (outlook := outlook_text(entry)):
+            parts.append(Text(f"  {outlook}", overflow="fold"))
     return Group(*parts)
 
 

@@ -6,6 +6,7 @@ the mount, and one writes the note on the replica; all end with `Follower.run`.
 
 import dataclasses
 import logging
+import math
 import os
 import time
 import uuid
@@ -16,16 +17,16 @@ import msgspec
 import trio
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.replicas import ReplicaRecord, Sent, Verified, read_record, write_record
+from fusedisk.replicas import Lag, ReplicaRecord, Sent, Verified, read_record, write_record
 from replicator.address import Address
-from replicator.batches import Unread, describe
+from replicator.batches import COMMITTED_LATER, Unread, describe
 from replicator.cadence import Cadence
 from replicator.captured import GivenUp
 from replicator.compression import Compressor
 from replicator.cutover import Cutover, CutoverOptions, new_record
 from replicator.freeze import Freezer
 from replicator.handover import NotConverged, OutcomeUnknown, asking, rolled_back
-from replicator.link import LinkLost
+from replicator.link import LinkLost, TargetFailed
 from replicator.messages import RemoteProtocolError
 from replicator.progress import Progress
 from replicator.rates import Rates
@@ -33,6 +34,7 @@ from replicator.sender import Session
 from replicator.senderlink import KEEPALIVE_SECONDS, Pace, SenderLink
 from replicator.settings import Changes, SenderSettings
 from replicator.source import Source, measure
+from replicator.standing import RETRY_SECONDS_MAX, Standing
 from replicator.transport.connecting import Connect
 from replicator.verify import Findings, Verification, VerifyOptions
 
@@ -40,7 +42,6 @@ log = logging.getLogger("replicator.sender")
 
 Outcome: TypeAlias = dict[str, Any] | FuseDiskError
 
-_RETRY_SECONDS_MIN, _RETRY_SECONDS_MAX = 0.5, 30.0
 _FIRST_CONNECT_SECONDS_MAX = 30.0
 _WATCH_SECONDS = 1.0
 _MOUNT_POLL_SECONDS = 0.5
@@ -72,8 +73,6 @@ class Follower:
         self._pace = Pace(settings.bandwidth)
         self._session: Session | None = None
         self._compressor = Compressor(settings.compress)
-        self._retry_seconds = _RETRY_SECONDS_MIN
-        self._retry_at: float | None = None
         self._began = trio.current_time()
         self._reached = self._committed_here = self._unmounted = False
         self._wake = trio.Event()
@@ -86,9 +85,10 @@ class Follower:
         self.progress = Progress()
         self.sent = Sent()
         self.rates = Rates()
-        self.state = "connecting"
-        self.error: str | None = None
-        self._before_unread: str | None = None
+        self.standing = Standing(self._stands_otherwise)
+        # How far a fill or a comparison ever came, and when the link was there.
+        self._furthest = (-1, 0)
+        self._opened_at = math.inf
         self.committed: int | None = None
         self.commits, self.paused = 0, False
         self.on_change: Callable[[], None] = lambda: None
@@ -112,6 +112,16 @@ class Follower:
                     self.cadence.is_as_of(
                         trio.current_time() - max(0.0, time.time() - self._closed_at)
                     )
+
+    @property
+    def state(self) -> str:
+        """The ``state`` of the status."""
+        return self.standing.state
+
+    @property
+    def error(self) -> str | None:
+        """What is wrong, if anything."""
+        return self.standing.error
 
     async def run(self) -> None:
         """Replicate until promoted, with ``once`` when nothing is left to send, or unmounted.
@@ -185,7 +195,7 @@ class Follower:
 
     async def _keep_linked(self) -> None:
         while True:
-            self._set_state("connecting")
+            self.standing.enter("connecting")
             try:
                 await self._one_link()
                 return
@@ -193,19 +203,25 @@ class Follower:
                 if not self._source.mounted:
                     self._unmounted = True
                     return
-                if isinstance(error, RemoteProtocolError):
-                    raise FuseDiskError(
-                        f"the receiver at {self._address} is none: {error}"
-                    ) from None
-                if isinstance(error, FuseDiskError):
-                    raise
-                self.error = str(error) or "the receiver does not answer"
+                self._raise_final(error)
+                self.standing.fail(str(error) or "the receiver does not answer")
+            finally:
+                self._opened_at = math.inf
             if self._verification is not None:
                 self._verification.fail(FuseDiskError(f"{self.error}; verify again"))
             await self._wait_to_retry()
 
+    def _raise_final(self, error: Exception) -> None:
+        """Raise what trying again would not mend, or is not wanted for."""
+        if isinstance(error, FuseDiskError):
+            raise error
+        if isinstance(error, RemoteProtocolError) and not self._reached:
+            raise FuseDiskError(f"the receiver at {self._address} is none: {error}") from None
+        if isinstance(error, TargetFailed) and self._settings.on_target_error == "stop":
+            raise FuseDiskError(f"{error}; ended by --on-target-error stop") from None
+
     async def _wait_to_retry(self) -> None:
-        delay = self._retry_seconds
+        seconds_max = RETRY_SECONDS_MAX
         if self._settings.once and not self._reached:
             left = self._began + _FIRST_CONNECT_SECONDS_MAX - trio.current_time()
             if left <= 0:
@@ -213,13 +229,11 @@ class Follower:
                     f"{self.error}; tried for {_FIRST_CONNECT_SECONDS_MAX:.0f} s, is there a "
                     f"receiver at {self._address}?"
                 )
-            delay = min(delay, left)
-        self._retry_at = trio.current_time() + delay
-        self._set_state("waiting")
+            seconds_max = left
+        delay = self.standing.wait(trio.current_time(), seconds_max)
         log.warning("%s; trying again in %.1f s", self.error, delay)
         await trio.sleep(delay)
-        self._retry_at = None
-        self._retry_seconds = min(2 * self._retry_seconds, _RETRY_SECONDS_MAX)
+        self.standing.retry_at = None
 
     async def _one_link(self) -> None:
         async with self._connect() as stream:
@@ -236,7 +250,8 @@ class Follower:
         session.spill_bytes = self._settings.spill_bytes
         session.given_up = self._given_up
         self._session = session
-        session.on_phase = self._set_state
+        session.on_phase = self.standing.enter
+        session.on_further = self._note_place
         session.on_unread = self._note_unread
         session.held = lambda: self._hold(session)
         session.frozen = lambda: self._freezer.frozen(skip=self._attempt is not None)
@@ -261,6 +276,8 @@ class Follower:
         while True:
             await trio.sleep(_WATCH_SECONDS)
             trouble = link.answers.trouble()
+            if trouble is None and trio.current_time() > self._opened_at + RETRY_SECONDS_MAX:
+                self.standing.holds()
             if self.error != said and self.error is not None:
                 # Something else is wrong, and has been said.
                 continue
@@ -268,23 +285,23 @@ class Follower:
                 log.warning("%s", trouble)
             elif said and not trouble:
                 log.info("the target answers again")
-            if trouble != said:
-                self.error = said = trouble
-                self.on_change()
+            self.standing.hang(trouble)
+            said = trouble
 
     async def _converse(self, session: Session, link: SenderLink, nursery: trio.Nursery) -> None:
         opened = await session.open()
         nursery.start_soon(link.keep_asking)
-        self.error = self._before_unread = None
         self._reached = True
-        self._retry_seconds = _RETRY_SECONDS_MIN
+        self._opened_at = trio.current_time()
+        if opened.state == "new":
+            self._furthest = (-1, 0)
         if opened.state == "new" or opened.generation != self._source.record.generation:
             # The note on it is of something that is no more.
             self.committed = None
             self.cadence.unknown()
         await session.synchronise(opened)
         self._note_commit(session)
-        self._set_state("following")
+        self.standing.enter("following")
         if not session.progress.finished:
             # Nothing had to be synchronised, so nothing is known to be left of an earlier phase.
             self.progress.begin("pass", [0] * len(self._source.fds))
@@ -316,9 +333,12 @@ class Follower:
             if self._settings.once:
                 # One instant is committed, whatever the guest has written since.
                 return
-            if trio.current_time() >= self._pinged_at + KEEPALIVE_SECONDS:
+            asked = trio.current_time() >= self._pinged_at + KEEPALIVE_SECONDS
+            if asked or self.standing.lost is not None:
                 await session.ping()
                 self._pinged_at = trio.current_time()
+                # Nothing is due, and the target's disk answers.
+                self.standing.progressed()
             await self._rest_verifying(session, self.cadence.poll_seconds)
         self._unmounted = True
 
@@ -335,14 +355,14 @@ class Follower:
 
     async def _hold(self, session: Session) -> None:
         """While paused: stay connected, send nothing of the disks."""
-        before = self.state
+        before = self.standing.doing
         while self.paused:
             if self.state != "paused":
-                self._set_state("paused")
+                self.standing.enter("paused")
             await session.ping()
             await self._rest(KEEPALIVE_SECONDS)
         if self.state == "paused":
-            self._set_state(before)
+            self.standing.enter(before)
 
     def pause(self, paused: bool) -> None:
         """Stop sending what changed, or go on. Raises FuseDiskError during a cutover."""
@@ -414,7 +434,7 @@ class Follower:
     async def _do_cutover(self, session: Session, link: SenderLink) -> None:
         assert self._cutover is not None
         options, answer = self._cutover
-        self._set_state("cutover")
+        self.standing.enter("cutover")
         record = new_record(self._name, str(self._address))
         ask = asking(self._connect, self._source.record.source_id)
         self._attempt = Cutover(self._source, session, link, record, options, ask)
@@ -423,7 +443,7 @@ class Follower:
             result = await self._attempt.run()
         except OutcomeUnknown as error:
             answer.send_nowait(error)
-            self._set_state("failed")
+            self.standing.enter("failed")
             # The one who asked has to hear it before this process ends.
             await trio.sleep(0.5)
             raise
@@ -437,9 +457,9 @@ class Follower:
         if result["outcome"] == "dry-run":
             answer.send_nowait(result)
             self._cutover = self._attempt = None
-            self._set_state("following")
+            self.standing.enter("following")
             return
-        self._set_state("promoted")
+        self.standing.enter("promoted")
         answer.send_nowait(result)
         await trio.sleep(0.5)
         self._attempt = None
@@ -449,28 +469,33 @@ class Follower:
             self._committed_here = True
             self.commits += 1
             self._closed_at = session.closed_at
+            self._furthest = (-1, 0)
+            self.standing.progressed()
         if session.instant is not None:
             self.cadence.is_as_of(session.instant)
         self.committed = session.committed
         self._noting.set()
         self.on_change()
 
-    def _set_state(self, state: str) -> None:
-        self.state = state
-        log.info("%s", state)
+    def _note_place(self, disk: int, offset: int) -> None:
+        """A fill or a comparison is at a place now, in the order of all passes like it."""
+        if (disk, offset) > self._furthest:
+            self._furthest = disk, offset
+            self.standing.progressed()
+
+    def _stands_otherwise(self) -> None:
         self._noting.set()
         self.on_change()
 
     def _note_unread(self, unread: list[Unread]) -> None:
-        if unread:
-            self.error = describe(unread, [disk.path for disk in self._source.record.disks])
-            log.warning("%s", self.error)
-            self._before_unread = self._before_unread or self.state
-            self._set_state("waiting")
-        elif self._before_unread is not None:
-            self.error = None
-            self._set_state(self._before_unread)
-            self._before_unread = None
+        if not unread:
+            self.standing.cannot_read(None)
+            return
+        what = describe(unread, [disk.path for disk in self._source.record.disks])
+        if self._settings.on_source_error == "stop":
+            raise FuseDiskError(f"{what}; ended by --on-source-error stop")
+        log.warning("%s; %s", what, COMMITTED_LATER)
+        self.standing.cannot_read(f"{what}; {COMMITTED_LATER}")
 
     async def _keep_note(self) -> None:
         while True:
@@ -496,18 +521,19 @@ class Follower:
             # Only status misses it: the target's own record decides where to go on.
             log.warning("cannot note the state of the replica: %s", error)
 
-    def report(self) -> dict[str, Any]:
+    async def report(self) -> dict[str, Any]:
         """This replica's entry in ``replicator status --json``."""
+        # In a thread: the maps of large disks are a GiB and more.
+        attempt = self._attempt
+        lag, newer, left = await trio.to_thread.run_sync(self._lags, attempt)
         now = trio.current_time()
-        lag = self._source.lag(self.committed or 0)
         changed = lag.chunks or self.committed is None
         error = self.error
-        if error and self._retry_at is not None:
-            error = f"{error}; trying again in {max(0.0, self._retry_at - now):.0f} s"
+        if error and (at := self.standing.retry_at) is not None:
+            error = f"{error}; trying again in {max(0.0, at - now):.0f} s"
         progress = self.progress
         if self._verification is not None and self.state == "following":
             progress = self._verification.progress
-        attempt = self._attempt
         if attempt is not None and attempt.progress is not None:
             progress = attempt.progress
         return {
@@ -521,7 +547,7 @@ class Follower:
                 "chunks": lag.chunks,
                 "seconds": max(0.0, time.time() - self._closed_at) if changed else 0.0,
             },
-            "rpo": self.cadence.report(trio.current_time()),
+            "rpo": self.cadence.report(now),
             "verify": {
                 "every": self._settings.verify_every,
                 "last": msgspec.to_builtins(self.verified),
@@ -529,8 +555,8 @@ class Follower:
             "epoch": {"current": self._source.control.epoch, "committed": self.committed},
             "sent": msgspec.to_builtins(self.sent),
             "cause": self._session.cause if self._session and self.progress.whole else None,
-            "forecast": self._forecast(lag.bytes),
-            "cutover": None if attempt is None else attempt.report(),
+            "forecast": self._forecast(lag.bytes, newer),
+            "cutover": None if attempt is None else attempt.report(left),
             "freeze": self._freezer.report(),
             "capture": self._session and self._session.captured and self._session.captured.report(),
             "given_up": dataclasses.asdict(self._given_up),
@@ -538,8 +564,17 @@ class Follower:
             "sender": {"pid": os.getpid()},
         }
 
-    def _forecast(self, left: int) -> dict[str, Any]:
+    def _lags(self, attempt: Cutover | None) -> tuple[Lag, int, int]:
+        """What the replica lacks; what was written since all of it is being sent; and what a
+        cutover has left."""
+        lag = self._source.lag(self.committed or 0)
+        left = 0 if attempt is None else attempt.left()
+        if not self.progress.whole:
+            return lag, 0, left
+        return lag, self._source.lag(self._source.control.epoch - 1).bytes, left
+
+    def _forecast(self, left: int, newer: int) -> dict[str, Any]:
         if self.progress.whole:
             # What is written meanwhile is for the pass that follows.
-            left = sum(self.progress.left) + self._source.lag(self._source.control.epoch - 1).bytes
+            left = sum(self.progress.left) + newer
         return self.rates.report(left, "paused" if self.paused else self.state)

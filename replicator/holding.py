@@ -341,7 +341,6 @@ class HeldReplica:
             raise TargetFull(
                 f"target full: no room for a pass of replica {self.name!r}; "
                 + (f"recovery point {freed} was dropped" if freed else "free some at the target")
-                + ", the sender tries again"
             ) from error
 
     def _drop_oldest_point(self) -> int | None:

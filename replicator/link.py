@@ -251,6 +251,10 @@ async def say_last(link: Link, event: Event) -> None:
             return
 
 
+class TargetFailed(LinkLost):
+    """The target's disk is full or fails; it may be mended."""
+
+
 class Refused(FuseDiskError):
     """The peer refused; trying again would be refused again."""
 
@@ -260,4 +264,5 @@ def raise_failed(event: Failed) -> None:
     text = "".join(c if c.isprintable() else " " for c in event.message)
     if event.code == "refused":
         raise Refused(text)
-    raise LinkLost(f"the receiver failed: {text}")
+    kind = TargetFailed if event.code in ("full", "io") else LinkLost
+    raise kind(f"the receiver failed: {text}")

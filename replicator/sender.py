@@ -86,6 +86,8 @@ class Session(Questions):
         """(disk, start, end) to send with the next pass, whether it changed or not."""
         self.spill_bytes = SPILL_BYTES
         self.on_phase: Callable[[str], None] = lambda _: None
+        self.on_further: Callable[[int, int], None] = lambda *_: None
+        """Told now and then the disk and the byte that a fill or a comparison is at."""
         self.on_unread: Callable[[list[Unread]], None] = lambda _: None
         """Told what a pass lacks because it cannot be read, and at last that it lacks nothing."""
         self.frozen: Callable[[], AbstractAsyncContextManager[Instant | None]] = nullcontext
@@ -123,6 +125,7 @@ class Session(Questions):
         self._instants_only = opened.state == "following"
         reached = opened.reached
         if opened.state == "new":
+            self.cause = "the target has no replica of that name"
             await self._fill()
         elif reached is not None and can_go_on(self._source, reached):
             name = self._source.record.disks[reached.disk].name
@@ -141,11 +144,10 @@ class Session(Questions):
             self.committed = opened.epoch
             await self.next_pass()
         else:
-            self.cause = (
-                "the source began a new generation"
-                if opened.generation
-                else "what the target holds is not known"
-            )
+            self.cause = "what the target holds is not known"
+            if opened.generation:
+                why = self._source.record.reason
+                self.cause = f"the source began a new generation{f': {why}' if why else ''}"
             await self._compare()
         if not self._instants_only:
             # What the target has is of no single instant yet.
@@ -248,10 +250,12 @@ class Session(Questions):
         self.on_phase("filling")
         epoch = await self._close_epoch()
         disks = self._source.record.disks
-        self.progress.begin(
-            "fill",
-            [allocated_bytes(fd, d.size) for fd, d in zip(self._source.fds, disks, strict=True)],
-        )
+        todo = [
+            await trio.to_thread.run_sync(allocated_bytes, fd, d.size)
+            for fd, d in zip(self._source.fds, disks, strict=True)
+        ]
+        self.progress.begin("fill", todo)
+        log.info("filling with %d bytes, as %s", sum(todo), self.cause)
         await self._begin(epoch, "fill")
         for disk in range(len(disks)):
             extents = self._source.data_extents(disk, 0, disks[disk].size)
@@ -317,6 +321,7 @@ class Session(Questions):
         """Let the target note now and then how far a long pass has come."""
         now = trio.current_time()
         if not self._unread and now >= self._checkpointed_at + _CHECKPOINT_SECONDS:
+            self.on_further(disk, offset)
             await self._say_reached(epoch, disk, offset)
 
     async def _say_reached(self, epoch: int, disk: int, offset: int) -> None:

@@ -1,6 +1,6 @@
 """What can be set on a sender while it runs."""
 
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,9 @@ MAX_DOWNTIME_MS = 1000
 
 # Fifteen chunks of the usual size.
 SPILL_BYTES_MIN = 1 << 20
+
+OnError: TypeAlias = Literal["wait", "stop"]
+"""Whether a sender waits until a disk works again, or ends."""
 
 Rpo = Annotated[float, Meta(ge=0.1, le=86400)]
 Silence = Annotated[float, Meta(ge=2, le=3600)]
@@ -40,6 +43,8 @@ class SenderSettings(msgspec.Struct, forbid_unknown_fields=True):
     freeze: FreezeSettings | None = None
     verify_every: Every | None = None
     verify_bandwidth: Compared | None = None
+    on_target_error: OnError = "wait"
+    on_source_error: OnError = "wait"
 
 
 class Changes(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -41,11 +41,12 @@ async def _show_bar(follower: Follower) -> None:
         with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
             try:
                 while True:
-                    live.update(display.table([follower.report()]), refresh=True)
+                    live.update(display.table([await follower.report()]), refresh=True)
                     await trio.sleep(_BAR_SECONDS)
             finally:
                 # What it came to stays on the screen.
-                live.update(display.table([follower.report()]), refresh=True)
+                with trio.CancelScope(shield=True):
+                    live.update(display.table([await follower.report()]), refresh=True)
     finally:
         root.handlers = before
 
@@ -68,12 +69,16 @@ async def _log_lines(follower: Follower) -> None:
     while True:
         await trio.sleep(_LOG_SECONDS)
         if follower.state in ("filling", "comparing"):
-            log.info("%s: %s", follower.state, display.progress_text(follower.report()["progress"]))
+            entry = await follower.report()
+            log.info("%s: %s", entry["state"], display.progress_text(entry["progress"]))
         elif follower.commits > commits:
             log.info(
                 "%s: %d epochs, %s sent, %s",
                 *(follower.state, follower.commits - commits),
-                *(format_size(follower.sent.bytes - sent), display.lag_text(follower.report())),
+                *(
+                    format_size(follower.sent.bytes - sent),
+                    display.lag_text(await follower.report()),
+                ),
             )
         commits, sent = follower.commits, follower.sent.bytes
 

@@ -17,13 +17,19 @@ class FrameProxy:
     """Forwards frames between Unix sockets; call `close` in any case.
 
     ``at`` is asked about every frame, in the thread that carries it; where it says False, the
-    frame and its connection are dropped.
+    frame and its connection are dropped. Where ``damaging`` says True, a bit of it is flipped.
     """
 
-    def __init__(self, listen: Path, target: str, at: Callable[[type[Event]], bool]) -> None:
+    def __init__(
+        self,
+        listen: Path,
+        target: str,
+        at: Callable[[type[Event]], bool] = lambda _: True,
+        damaging: Callable[[type[Event]], bool] = lambda _: False,
+    ) -> None:
         self.address = f"unix://{listen}"
         self._target = target.removeprefix("unix://")
-        self._at = at
+        self._at, self._damaging = at, damaging
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(listen))
         self._listener.listen(16)
@@ -72,7 +78,10 @@ class FrameProxy:
                 _, kind, _, _, length = _HEAD.unpack_from(head)
                 if not self._at(FRAME_TYPES[kind]):
                     break
-                sink.sendall(head + frames.read(length))
+                body = bytearray(frames.read(length))
+                if self._damaging(FRAME_TYPES[kind]):
+                    body[-1] ^= 1
+                sink.sendall(head + body)
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

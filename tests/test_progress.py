@@ -112,6 +112,35 @@ def test_following_shows_the_lag_instead() -> None:
     assert "%" not in text
 
 
+def forecast(seconds: float | None, reason: str | None) -> dict[str, Any]:
+    rates = {"dirty_rate": 1.0, "send_rate": 2.0}
+    return {"forecast": {**rates, "caught_up_seconds": seconds, "reason": reason}}
+
+
+def test_when_it_will_have_caught_up_and_why_all_is_compared() -> None:
+    cause = "the source began a new generation: image a.img changed while it was not mounted"
+    comparing = entry(state="comparing", cause=cause, **forecast(125.0, None))
+    for text in (display.line(comparing), drawn(comparing)):
+        assert f"caught up in 2:05, because {cause}" in " ".join(text.split())
+    never = forecast(None, "never: the guest writes 2.5 MiB/s and 1.0 MiB/s are sent")
+    lag = {"bytes": 3 << 20, "chunks": 48, "seconds": 65.0}
+    following = entry(state="following", lag=lag, epoch={"current": 9, "committed": 7}, **never)
+    for text in (display.line(following), drawn(following)):
+        assert "never caught up: the guest writes 2.5 MiB/s and 1.0 MiB/s are sent" in text
+
+
+def test_nothing_is_said_of_what_is_not_known_or_over() -> None:
+    for seconds, reason in (
+        (0.0, None),
+        (None, "not enough was sent yet to tell"),
+        (None, "paused"),
+    ):
+        said = display.line(entry(state="following", cause=None, **forecast(seconds, reason)))
+        assert "caught up" not in said and "because" not in said
+    # What a sender of an older version, or none, says.
+    assert "caught up" not in display.line(entry(cause=None, forecast=None))
+
+
 def test_an_error_of_a_peer_cannot_draw_on_the_terminal() -> None:
     text = drawn(entry(state="waiting", error="gone\x1b[2Jaway\nnow"))
     assert "\x1b" not in text and "gone [2Jaway now" in text

@@ -57,7 +57,7 @@ async def follow_a_bad_source(pair: Pair, source: BadSource) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(follower.run)
         await until(lambda: follower.state == "waiting")
-        report = follower.report()
+        report = await follower.report()
         assert "cannot read 65536 bytes" in report["error"] and f"byte {BAD}" in report["error"]
         assert str(pair.images[0]) in report["error"]
         assert report["epoch"]["committed"] is None

@@ -19,7 +19,7 @@ from replicator.link import SILENCE_SECONDS_MAX
 from replicator.options import Seconds, sender_options
 from replicator.running import run_trio, until_signal
 from replicator.senderlock import lock_replica
-from replicator.settings import SenderSettings, check_bandwidth, check_spill
+from replicator.settings import OnError, SenderSettings, check_bandwidth, check_spill
 from replicator.showing import show
 from replicator.source import Source
 from replicator.store import check_replica_name
@@ -77,6 +77,20 @@ from replicator.transport.settings import Settings
     metavar="RATE",
     help="Bytes of data to compare each second then; default: no limit.",
 )
+@click.option(
+    "--on-target-error",
+    type=click.Choice(["wait", "stop"]),
+    default="wait",
+    show_default=True,
+    help="Where the target is full or its disk fails: try again, or end with status 1.",
+)
+@click.option(
+    "--on-source-error",
+    type=click.Choice(["wait", "stop"]),
+    default="wait",
+    show_default=True,
+    help="Where an image cannot be read: read it again, or end with status 1.",
+)
 @sender_options
 @click.argument("mountpoint", type=Path)
 @click.argument("address")
@@ -97,6 +111,8 @@ def command(
     freeze_every: float,
     verify_every: float | None,
     verify_bandwidth: str | None,
+    on_target_error: OnError,
+    on_source_error: OnError,
     settings: Settings,
 ) -> None:
     """Replicate all disks of a mount, in the foreground."""
@@ -114,6 +130,7 @@ def command(
     wanted.freeze = freeze_settings(freeze, freeze_cmd, thaw_cmd, freeze_every)
     wanted.verify_every = verify_every
     wanted.verify_bandwidth = None if verify_bandwidth is None else parse_rate(verify_bandwidth)
+    wanted.on_target_error, wanted.on_source_error = on_target_error, on_source_error
     source = Source(mountpoint)
     lock_replica(source.state, name)
 
