@@ -18,13 +18,16 @@ from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.replicas import replica_names
 from replicator.cutover import CutoverOptions
 from replicator.following import Follower
-from replicator.handover import OutcomeUnknown
 from replicator.settings import Changes
 from replicator.verify import VerifyOptions
 
 _ANSWER_SECONDS_MAX = 10.0
 
 Decoded = TypeVar("Decoded")
+
+
+class NoSender(FuseDiskError):
+    """There is no sender of the replica, or it ended without an answer."""
 
 
 def path(state: Path, name: str) -> Path:
@@ -105,9 +108,8 @@ async def _cutover(follower: Follower, rest: bytes) -> dict[str, Any]:
     try:
         return await follower.cut_over(_decode(rest, CutoverOptions))
     except FuseDiskError as error:
-        outcome = "unknown" if isinstance(error, OutcomeUnknown) else "rolled-back"
         return {
-            "outcome": outcome,
+            "outcome": await follower.outcome_of(error),
             "downtime_ms": None,
             "phases": {},
             "epoch": follower.committed,
@@ -183,13 +185,13 @@ def ask(
     """Send a request to the sender of a replica, the only one where no name is given.
 
     ``seconds`` bounds the wait for the answer; None waits for as long as the sender lives.
-    Raises UsageError where the name is missing or wrong, FuseDiskError where no sender runs or it
-    does not answer. What the request itself came to is in the answer.
+    Raises UsageError where the name is missing or wrong, NoSender where none runs, FuseDiskError
+    where it does not answer. What the request itself came to is in the answer.
     """
     name = choose(state, name)
     reply = ask_sender(state, name, request, seconds)
     if reply is None:
-        raise FuseDiskError(f"replica {name} has no running sender; start one")
+        raise NoSender(f"replica {name} has no running sender; start one")
     if reply.get("error") == SILENT:
         raise FuseDiskError(f"{SILENT} (process {reply['sender']['pid']}); is it stopped?")
     return reply

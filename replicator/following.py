@@ -25,7 +25,15 @@ from replicator.captured import GivenUp
 from replicator.compression import Compressor
 from replicator.cutover import Cutover, CutoverOptions, new_record
 from replicator.freeze import Freezer
-from replicator.handover import NotConverged, OutcomeUnknown, asking, rolled_back
+from replicator.handover import (
+    AnotherCutover,
+    NotConverged,
+    OutcomeUnknown,
+    asking,
+    outcome_of,
+    require_settled,
+    rolled_back,
+)
 from replicator.link import LinkLost, TargetFailed
 from replicator.messages import RemoteProtocolError
 from replicator.progress import Progress
@@ -405,8 +413,10 @@ class Follower:
 
     async def cut_over(self, options: CutoverOptions) -> dict[str, Any]:
         """Cut over as soon as the replica follows; see replicator.cutover.Cutover for errors."""
-        if self._cutover is not None:
-            raise FuseDiskError("another cutover is under way")
+        self._require_no_cutover()
+        # Before all else: of a source that is fenced nothing else is worth saying.
+        await trio.to_thread.run_sync(require_settled, self._source)
+        self._require_no_cutover()
         if self.paused:
             raise FuseDiskError("the replica is paused; resume it first")
         answer, answers = trio.open_memory_channel[Outcome](1)
@@ -430,6 +440,14 @@ class Follower:
         if isinstance(outcome, FuseDiskError):
             raise outcome
         return outcome
+
+    def _require_no_cutover(self) -> None:
+        if self._cutover is not None:
+            raise AnotherCutover("another cutover is under way; wait until it has ended")
+
+    async def outcome_of(self, error: FuseDiskError) -> str:
+        """What may be said of a cutover that ended so."""
+        return await trio.to_thread.run_sync(outcome_of, self._source, error)
 
     async def _do_cutover(self, session: Session, link: SenderLink) -> None:
         assert self._cutover is not None

@@ -15,7 +15,7 @@ from fusedisk.changemap import Control
 from fusedisk.errors import FuseDiskError
 from fusedisk.gate import open_gate, take_lease
 from fusedisk.gateword import begin_promotion, close_gate, keep_closed
-from replicator.handover import require_settled
+from replicator.handover import AnotherCutover, require_settled
 from replicator.running import one_error
 from replicator.source import Source
 
@@ -63,12 +63,12 @@ class Gate:
 async def held_gate(source: Source, deadline: float) -> AsyncIterator[Gate]:
     """Hold writes, until ``deadline`` if no promotion is begun by then.
 
-    Raises FuseDiskError where another cutover is under way.
+    Raises AnotherCutover where one is under way.
     """
     try:
         lease = take_lease(source.state)
     except BlockingIOError:
-        raise FuseDiskError("another cutover of this mount is under way") from None
+        raise AnotherCutover("another cutover of this mount is under way") from None
     try:
         # Once more: a cutover to another replica may have come first since this one began.
         require_settled(source)

@@ -77,6 +77,10 @@ class OutcomeUnknown(FuseDiskError):
     exit_code = 4
 
 
+class AnotherCutover(FuseDiskError):
+    """This cutover did not begin, and of the guest only another one, begun or done, can tell."""
+
+
 def asking(connect: Connect, source_id: str) -> AskOutcome:
     """`resolve`, ready to be called."""
 
@@ -223,14 +227,26 @@ async def resolve_with_token(link: Link, record: FenceRecord, source_id: str) ->
 
 
 def require_settled(source: Source) -> None:
-    """Raises OutcomeUnknown while an earlier cutover is unsettled, FuseDiskError after one."""
+    """Raises OutcomeUnknown while an earlier cutover is unsettled, AnotherCutover after one."""
     record = read_fence(Path(disk.path) for disk in source.record.disks)
     if record is not None and record.state == "fenced":
-        raise FuseDiskError(
+        raise AnotherCutover(
             f"{record.replica} at {record.address} is the disk already; cut over from there"
         )
     if record is not None or source.control.fenced:
         raise OutcomeUnknown("an earlier cutover is not settled; run 'replicator resolve' first")
+
+
+def outcome_of(source: Source, error: FuseDiskError) -> str:
+    """What may be said of a cutover that failed: ``rolled-back`` only where the guest goes on."""
+    if isinstance(error, OutcomeUnknown | AnotherCutover):
+        return "unknown"
+    try:
+        require_settled(source)
+    except FuseDiskError:
+        # By a cutover to another replica, since this one was asked for.
+        return "unknown"
+    return "rolled-back"
 
 
 @contextmanager

@@ -218,6 +218,9 @@ def test_a_restore_of_a_point_and_what_is_refused(following: Pair):
         refused = replicator("restore", *words, out)
         assert refused.returncode == 1 and reason in refused.stderr, refused.stderr
         assert len([x for x in refused.stderr.splitlines() if x.startswith("replicator:")]) == 1
+    for where in (f"{pair.address}/no name", f"{pair.store}/.r"):
+        refused = replicator("restore", where, out)
+        assert refused.returncode == 2 and "is not usable" in refused.stderr, refused.stderr
     (out / pair.images[0].name).write_bytes(b"another size")
     refused = replicator("restore", f"{pair.address}/r", out)
     assert refused.returncode == 1 and "move it away" in refused.stderr

@@ -157,7 +157,7 @@ class _Waiting:
         told: dict[str, Any] = {"downtime_ms": None, "phases": {}, "epoch": record.epoch}
         if record.replica != self._name and record.state == "fenced":
             return {
-                "outcome": "rolled-back",
+                "outcome": "unknown",
                 **told,
                 "error": f"{error}; {self._name} was not promoted, {record.replica} at "
                 f"{record.address} is the disk already: cut over from there",

@@ -37,18 +37,25 @@ def command(replica: str, directory: Path, point: int | None, settings: Settings
     """
     if _ADDRESS.match(replica) is None:
         path = Path(replica)
-        check_replica_name(path.name)
+        _check_name(path.name)
         if directory.resolve().is_relative_to(path.parent.resolve()):
             raise FuseDiskError(f"{directory} is inside the store; restore to another directory")
         run_trio(lambda: _from_store(path, point, directory))
         return
     where, _, name = replica.rpartition("/")
-    check_replica_name(name)
+    _check_name(name)
     if where.startswith("unix://") and where == "unix://":
         raise UsageError(f"{replica!r} names no replica; write ADDRESS/NAME")
     address = parse_address(where)
     check_target(address)
     run_trio(lambda: _from_receiver(address, name, point, directory, settings))
+
+
+def _check_name(name: str) -> None:
+    try:
+        check_replica_name(name)
+    except FuseDiskError as error:
+        raise UsageError(str(error)) from None
 
 
 async def _from_store(path: Path, point: int | None, directory: Path) -> None:
