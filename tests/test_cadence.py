@@ -99,5 +99,6 @@ def test_a_receiver_that_stops_lets_the_point_age(pair: Pair) -> None:
     finally:
         receiver.popen.send_signal(signal.SIGCONT)
     wait_for(lambda: "within --rpo 1 s again" in sender.said, "it is over")
-    # Once for each excess, however long it lasts.
-    assert sender.said.count("more than --rpo") == pair.status()["rpo"]["excesses"]
+    # Once for each excess, however long it lasts; on a slow machine there may be more meanwhile.
+    before = sender.said.count("more than --rpo")
+    assert before <= pair.status()["rpo"]["excesses"] <= sender.said.count("more than --rpo")

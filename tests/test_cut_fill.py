@@ -22,11 +22,11 @@ from replicator.store import Store
 
 MIB = 1 << 20
 SIZE = 96 * MIB
-RATE = 16 * MIB
-# What is on its way at most: in sockets, in the receiver's queue and in one batch on each side.
-UNDER_WAY = 24 * MIB
+RATE = 8 * MIB
+# What is on its way at most: in sockets, whose buffers grow, in the receiver's queue, in batches.
+UNDER_WAY = 40 * MIB
 # The copy is cut off once a restart from the begin would send more than that again.
-CUT = 30 * MIB
+CUT = 44 * MIB
 
 
 @pytest.fixture

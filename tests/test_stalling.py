@@ -94,9 +94,10 @@ def _stall_and_heal(pair: Pair) -> None:
         sender = pair.start()
         wait_for(lambda: "following" in sender.said, "it follows")
         proxy.silence()
-        wait_for(lambda: "not answered" in (pair.status()["error"] or ""), "it is named")
+        # Up to 14 s, as long as nothing holds the machine up.
+        wait_for(lambda: "not answered" in (pair.status()["error"] or ""), "it is named", 60)
         proxy.heal()
-        wait_for(lambda: pair.status()["error"] is None, "it is over")
+        wait_for(lambda: pair.status()["error"] is None, "it is over", 60)
         assert sender.popen.poll() is None
         assert "the target answers again" in sender.said
 
