@@ -5,7 +5,6 @@ The reader task only queues; the worker does everything in the order of the wire
 images by a thread, while the worker receives the next one.
 """
 
-import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -19,13 +18,12 @@ from replicator.active import Active
 from replicator.admission import Admission
 from replicator.beating import Beat, saying_that_it_lives
 from replicator.eventqueue import EventQueue
-from replicator.holding import FULL
-from replicator.journal import JournalDamaged
+from replicator.failures import failure_code
 from replicator.link import Link, LinkLost, say_last
 from replicator.manifest import ReplicaDisk, read_manifest
 from replicator.proving import DiskProof
 from replicator.reading import serve_reads
-from replicator.replica import Replica, TargetFull
+from replicator.replica import Replica
 from replicator.running import one_error
 from replicator.store import ReplicaBusy, Store, check_replica_name
 from replicator.transfers import TransferDigest
@@ -34,13 +32,6 @@ from replicator.turns import Turn, ask_for_turn, read_turn
 
 log = logging.getLogger("replicator.receiver")
 
-# A disk or a filesystem that may be looked after, and a host that is short of something for now.
-_IO_ERRORS = frozenset(
-    {
-        *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.EROFS, errno.ESTALE),
-        *(errno.ETIMEDOUT, errno.EREMOTEIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-    }
-)
 _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
 # Questions that a session may have waiting for the disk; an honest sender waits for each answer.
@@ -75,7 +66,7 @@ class Receiver:
             await link.send_alert(NOT_TLS_ALERT)
         except (m.RemoteProtocolError, FuseDiskError, OSError) as error:
             log.warning("session ended: %s", error)
-            await say_last(link, m.Failed(_code(error), str(error)[:1000]))
+            await say_last(link, m.Failed(failure_code(error), str(error)[:1000]))
             await link.drain()
         except m.LocalProtocolError as error:
             # The peer said goodbye while an answer to it was made.
@@ -210,38 +201,6 @@ def _require_source(store: Store, opening: m.Open | m.Resolve) -> None:
         raise FuseDiskError(
             f"replica {opening.name} is receiving from another source; choose another name"
         )
-
-
-def _code(error: Exception) -> str:
-    """Of a last word; "refused" alone tells the sender that trying again is of no use."""
-    match error:
-        case m.RemoteProtocolError():
-            return "protocol"
-        case TargetFull():
-            return "full"
-        case FuseDiskError() if _is_full(error.__cause__):
-            # Not of a pass, but of what is needed besides: a manifest, a new replica.
-            return "full"
-        case _ if isinstance(error, JournalDamaged) or isinstance(error.__cause__, JournalDamaged):
-            # The sender repairs it by comparing.
-            return "damaged"
-        case ReplicaBusy():
-            return "busy"
-        case FuseDiskError() if _may_pass(error.__cause__):
-            return "io"
-        case FuseDiskError():
-            return "refused"
-        case _:
-            return "io"
-
-
-def _may_pass(cause: BaseException | None) -> bool:
-    """Whether what fails so may work again, by itself or once somebody has looked after it."""
-    return isinstance(cause, OSError) and cause.errno in _IO_ERRORS
-
-
-def _is_full(cause: BaseException | None) -> bool:
-    return isinstance(cause, OSError) and cause.errno in FULL
 
 
 async def _authenticated(authenticate: Authenticate | None) -> str | None:

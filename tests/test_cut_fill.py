@@ -14,9 +14,9 @@ from proxy import Proxy
 from test_replication import CHUNK, Pair, guest_write
 
 from fusedisk.errors import FuseDiskError
+from replicator.failures import failure_code
 from replicator.files import Files
 from replicator.manifest import ReplicaDisk, read_manifest
-from replicator.receiver import _code
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -161,7 +161,7 @@ def test_a_failed_sync_notes_nothing(tmp_path: Path) -> None:
             store.files.failing = True
             with pytest.raises(FuseDiskError) as caught:
                 replica.checkpoint("gen", 3, 0, 4096)
-            assert _code(caught.value) == "io", "the sender tries again"
+            assert failure_code(caught.value) == "io", "the sender tries again"
             store.files.failing = False
         with opened(store, "a") as replica:
             assert replica.filled is None

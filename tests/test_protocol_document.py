@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from replicator import frames, messages, receiver, wire
+from replicator import failures, frames, messages, wire
 
 TEXT = (Path(__file__).parent.parent / "docs/protocol.md").read_text()
 
@@ -40,8 +40,8 @@ def test_limits() -> None:
 
 
 def test_error_codes() -> None:
-    source = Path(receiver.__file__).read_text()
-    body = source.split("def _code(")[1].split("\n\n\n")[0]
+    source = Path(failures.__file__).read_text()
+    body = source.split("def failure_code(")[1].split("\n\n\n")[0]
     assert {row[0].strip("`") for row in rows("Error codes")} == set(
         re.findall(r'return "(\w+)"', body)
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fusedisk.errors import FuseDiskError
+from replicator.failures import failure_code
 from replicator.files import Files
 from replicator.journal import JournalDamaged
 from replicator.manifest import ReplicaDisk
-from replicator.receiver import _code
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -33,7 +33,7 @@ def opened(store: Store) -> Replica:
 
 def code_of(error: BaseException) -> str:
     assert isinstance(error, FuseDiskError)
-    return _code(error)
+    return failure_code(error)
 
 
 @pytest.mark.parametrize(
