@@ -31,7 +31,6 @@ from replicator.handover import (
     OutcomeUnknown,
     asking,
     outcome_of,
-    require_settled,
     rolled_back,
 )
 from replicator.link import LinkLost, TargetFailed
@@ -413,10 +412,8 @@ class Follower:
 
     async def cut_over(self, options: CutoverOptions) -> dict[str, Any]:
         """Cut over as soon as the replica follows; see replicator.cutover.Cutover for errors."""
-        self._require_no_cutover()
-        # Before all else: of a source that is fenced nothing else is worth saying.
-        await trio.to_thread.run_sync(require_settled, self._source)
-        self._require_no_cutover()
+        if self._cutover is not None:
+            raise AnotherCutover("another cutover is under way; wait until it has ended")
         if self.paused:
             raise FuseDiskError("the replica is paused; resume it first")
         answer, answers = trio.open_memory_channel[Outcome](1)
@@ -440,10 +437,6 @@ class Follower:
         if isinstance(outcome, FuseDiskError):
             raise outcome
         return outcome
-
-    def _require_no_cutover(self) -> None:
-        if self._cutover is not None:
-            raise AnotherCutover("another cutover is under way; wait until it has ended")
 
     async def outcome_of(self, error: FuseDiskError) -> str:
         """What may be said of a cutover that ended so."""
