@@ -12,7 +12,6 @@ from pathlib import Path
 import trio
 
 from fusedisk.changemap import Control
-from fusedisk.errors import FuseDiskError
 from fusedisk.gate import open_gate, take_lease
 from fusedisk.gateword import begin_promotion, close_gate, keep_closed
 from replicator.handover import AnotherCutover, require_settled

@@ -12,7 +12,6 @@ from typing import Literal
 import trio
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.extents import allocated_bytes
 from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.batches import Batch, BatchReader, Unread
@@ -146,8 +145,7 @@ class Session(Questions):
         else:
             self.cause = "what the target holds is not known"
             if opened.generation:
-                why = self._source.record.reason
-                self.cause = f"the source began a new generation{f': {why}' if why else ''}"
+                self.cause = self._source.new_generation
             await self._compare()
         if not self._instants_only:
             # What the target has is of no single instant yet.
@@ -250,10 +248,7 @@ class Session(Questions):
         self.on_phase("filling")
         epoch = await self._close_epoch()
         disks = self._source.record.disks
-        todo = [
-            await trio.to_thread.run_sync(allocated_bytes, fd, d.size)
-            for fd, d in zip(self._source.fds, disks, strict=True)
-        ]
+        todo = await trio.to_thread.run_sync(self._source.allocated)
         self.progress.begin("fill", todo)
         log.info("filling with %d bytes, as %s", sum(todo), self.cause)
         await self._begin(epoch, "fill")

@@ -117,6 +117,17 @@ class Source:
         """Fill the buffer from a byte of a disk; a thread's work. Raises OSError."""
         read_into(self.fds[disk], buffer, offset)
 
+    @property
+    def new_generation(self) -> str:
+        """Why a replica of another generation is compared."""
+        reason = self.record.reason
+        return f"the source began a new generation{f': {reason}' if reason else ''}"
+
+    def allocated(self) -> list[int]:
+        """For each disk, the bytes of data; a thread's work. Raises OSError."""
+        disks = zip(self.fds, self.record.disks, strict=True)
+        return [allocated_bytes(fd, disk.size) for fd, disk in disks]
+
     def lag(self, since: int) -> Lag:
         """What was written to all disks after epoch ``since``."""
         return lag_since(self.maps, since)
@@ -147,8 +158,7 @@ class Source:
         if since is not None:
             repaired = sum(end - start for _, start, end in repairs)
             return sum(self.changed_bytes(since)) + repaired
-        disks = zip(self.fds, self.record.disks, strict=True)
-        return sum(allocated_bytes(fd, disk.size) for fd, disk in disks)
+        return sum(self.allocated())
 
     def changed_ranges(self, disk: int, since: int) -> list[tuple[int, int]]:
         """(start, end) of the ranges of one disk written after ``since``, neighbours joined."""

@@ -62,7 +62,9 @@ def test_a_source_that_was_left_is_nothing_to_go_back_to(pair: Pair) -> None:
         found = refused(pair, "--name", "s")
         assert found["outcome"] == "unknown"
         assert f"r at {pair.address} is the disk already" in found["said"]
-        run("replicator", "pause", "--name", "s", pair.mountpoint)
+        pause = ("replicator", "pause", "--name", "s", pair.mountpoint)
+        # Refused for a moment, as the cutover that was refused ends.
+        wait_for(lambda: run(*pause, check=False).returncode == 0, "it is paused")
         assert refused(pair, "--name", "s")["outcome"] == "unknown"
     finally:
         other.kill()

@@ -18,9 +18,7 @@ from test_replication import Pair, guest_write, pair
 from test_stalling import Hanging
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.extents import allocated_bytes
 from fusedisk.replicas import Lag
-from replicator import sender as sender_module
 from replicator.address import parse_address
 from replicator.following import Follower
 from replicator.messages import Committed, Event, Welcome
@@ -187,7 +185,7 @@ def test_a_source_that_cannot_be_read_ends_the_sender_if_wanted(pair: Pair) -> N
 
 
 class Watched(Source):
-    """Notes the threads that look at the maps."""
+    """Notes the threads that look at the disks and the maps."""
 
     def __init__(self, mountpoint: Path) -> None:
         self.threads: set[threading.Thread] = set()
@@ -197,23 +195,20 @@ class Watched(Source):
         self.threads.add(threading.current_thread())
         return super().lag(since)
 
+    def allocated(self) -> list[int]:
+        self.threads.add(threading.current_thread())
+        return super().allocated()
 
-def test_disks_and_maps_are_looked_at_in_threads(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+def test_disks_and_maps_are_looked_at_in_threads(pair: Pair) -> None:
     pair.receive()
     source = Watched(pair.mount.mountpoint)
-
-    def counted(fd: int, size: int) -> int:
-        source.threads.add(threading.current_thread())
-        return allocated_bytes(fd, size)
 
     async def main() -> None:
         follower = follower_of(pair, source)
         await follower.run()
         await follower.report()
 
-    monkeypatch.setattr(sender_module, "allocated_bytes", counted)
     try:
         trio.run(main)
     finally:
