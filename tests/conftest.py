@@ -15,7 +15,9 @@ import pytest
 
 from fusedisk.fencing import clear_fence
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
+# Who starts the tests in the background of a shell has it ignored, as have all their processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def unavailable(reason: str) -> None:
