@@ -16,10 +16,10 @@ from test_replication import CHUNK, Pair, Process, guest_write
 
 from fusedisk.errors import FuseDiskError
 from replicator.clones import clone_directory
+from replicator.failures import failure_code
 from replicator.journal import JournalDamaged, journal_directory
 from replicator.manifest import CLAIMS_MAX, Claim, Received, ReplicaDisk, read_manifest
 from replicator.received import with_claim
-from replicator.receiver import _code
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -237,7 +237,7 @@ def test_a_sync_that_fails_notes_nothing(store: Store) -> None:
         store.files.failing = True
         with pytest.raises(FuseDiskError) as caught:
             replica.checkpoint("gen", 3, 0, 4096)
-        assert _code(caught.value) == "io"
+        assert failure_code(caught.value) == "io"
         store.files.failing = False
     with opened(store, "a", "b") as replica:
         assert replica.received is None
@@ -274,7 +274,7 @@ def test_a_journal_that_was_kept_is_checked(store: Store, at: int | None) -> Non
     with opened(store, "a", "b") as replica, pytest.raises(JournalDamaged) as caught:
         replica.begin(5, "gen", continues=True)
         replica.commit("gen", 5)
-    assert _code(caught.value) == "damaged"
+    assert failure_code(caught.value) == "damaged"
     with opened(store, "a", "b") as replica:
         assert (replica.received, replica.manifest.state) == (None, "following")
         replica.begin(6, "gen")
