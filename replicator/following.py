@@ -211,7 +211,10 @@ class Follower:
                     self._unmounted = True
                     return
                 self._raise_final(error)
-                self.standing.fail(str(error) or "the receiver does not answer")
+                self.standing.fail(
+                    str(error) or "the receiver does not answer",
+                    refused=isinstance(error, TargetFailed),
+                )
             finally:
                 self._opened_at = math.inf
             if self._verification is not None:

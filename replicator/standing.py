@@ -1,7 +1,8 @@
 """How a sender stands: what it is doing, what is wrong, and how long it waits before the next try.
 
-An error that ended a link stands until the replica got further, and not only until the next link is
-open: a target that is full lets every sender in, and refuses what it is sent.
+What a target's disk refused stands until the replica got further, and not only until the next link
+is open: a target that is full lets every sender in, and refuses what it is sent. A link that was
+lost is past once there is another one. What waits for the next loss grows in both cases.
 """
 
 import logging
@@ -24,6 +25,7 @@ class Standing:
         """What the state is, or would be if nothing were wrong."""
         self.lost: str | None = None
         """What ended the last link, as long as it stands."""
+        self._refused = False
         self.unread: str | None = None
         """What of the source cannot be read."""
         self._trouble: str | None = None
@@ -45,11 +47,13 @@ class Standing:
     def enter(self, doing: str) -> None:
         """Something else is being done now."""
         before, self.doing = self.state, doing
+        if doing != "connecting" and doing not in _PLAIN and not self._refused:
+            self.lost = None
         self._changed(before)
 
-    def fail(self, error: str) -> None:
-        """A link ended, or none came about."""
-        before, self.lost = self.state, error
+    def fail(self, error: str, *, refused: bool = False) -> None:
+        """A link ended, or none came about; or the target's disk ``refused`` what was sent."""
+        before, self.lost, self._refused = self.state, error, refused
         # Both were of the link.
         self.unread = self._trouble = None
         self._changed(before)

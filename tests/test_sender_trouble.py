@@ -93,7 +93,7 @@ def test_how_a_sender_stands() -> None:
     changes: list[str] = []
     standing = Standing(lambda: changes.append(standing.state))
     standing.enter("filling")
-    standing.fail("full")
+    standing.fail("full", refused=True)
     delays = [standing.wait(0.0, 99.0) for _ in range(8)]
     assert delays[0] == RETRY_SECONDS_MIN and delays[-1] == RETRY_SECONDS_MAX
     for doing in ("connecting", "comparing", "following"):
@@ -107,6 +107,11 @@ def test_how_a_sender_stands() -> None:
     assert standing.wait(0.0, 99.0) == RETRY_SECONDS_MAX
     standing.progressed()
     assert standing.wait(0.0, 99.0) == RETRY_SECONDS_MIN
+    standing.fail("the link was lost")
+    standing.enter("connecting")
+    assert (standing.state, standing.error) == ("waiting", "the link was lost")
+    standing.enter("following")
+    assert (standing.state, standing.error) == ("following", None)
     standing.cannot_read("byte 5")
     assert (standing.state, standing.error) == ("waiting", "byte 5")
     standing.cannot_read(None)
