@@ -18,7 +18,7 @@ def test_mounting_says_whether_a_crash_is_survived(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, survives: bool
 ) -> None:
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
-    mounted = mounting.Mounted(keeper=None, state=tmp_path, notice=None)  # type: ignore[arg-type]
+    mounted = mounting.Mounted(keeper=None, state=tmp_path, notices=[])  # type: ignore[arg-type]
     monkeypatch.setattr(mounting, "mount", lambda *_: mounted)
     assert keeper.survives_crashes() == survives
     result = CliRunner().invoke(cli.cli, ["mount", "disk.img", str(tmp_path)])
