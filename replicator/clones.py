@@ -27,6 +27,7 @@ from replicator.files import Files
 from replicator.journal import JournalDamaged
 from replicator.manifest import PRIVATE_DIRECTORY, JournalRef, Manifest, Point, Received
 from replicator.points import drop_oldest
+from replicator.writeback import Writeback
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -64,6 +65,7 @@ class ClonePass:
         if before is not None:
             self._equal = before._next | before._equal
             before._next, before._equal = {}, {}
+        self._writebacks: dict[int, Writeback] = {}
         self._mutex = threading.Lock()
         self.path = clone_directory(directory)
         self.records = 0
@@ -85,7 +87,11 @@ class ClonePass:
 
     def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
         """Write data. Raises OSError."""
-        self._files.write(self.file(disk), [data], offset)
+        fd = self.file(disk)
+        self._files.write(fd, [data], offset)
+        with self._mutex:
+            writeback = self._writebacks.setdefault(disk, Writeback(self._files, fd))
+            writeback.wrote(offset, data.nbytes)
 
     def zero(self, disk: int, offset: int, length: int) -> None:
         """Make zeros of a range. Raises OSError."""

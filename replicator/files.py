@@ -27,6 +27,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _fallocate.restype = ctypes.c_int
+_sync_file_range = _libc.sync_file_range
+_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_SYNC_FILE_RANGE_WRITE = 2
 
 Buffer = bytes | bytearray | memoryview
 
@@ -105,6 +108,13 @@ class Files:
     def truncate(self, fd: int, size: int) -> None:
         """Set a file's size in bytes."""
         os.ftruncate(fd, size)
+
+    def start_writeback(self, fd: int, offset: int, length: int) -> None:
+        """Let the disk begin with what was written to a range. Says nothing of errors.
+
+        The kernel, which does the same by itself at any time, keeps them for the next sync.
+        """
+        _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def sync(self, fd: int) -> None:
         """Make a file's content and size durable."""

@@ -132,7 +132,12 @@ class HeldReplica:
     def _apply(self, manifest: Manifest) -> None:
         try:
             points = apply_journal(
-                self._files, self._directory, manifest, self._fds, self._record_points
+                self._files,
+                self._directory,
+                manifest,
+                self._fds,
+                self._record_points,
+                ours=self._committed is not None,
             )
         except JournalDamaged as damage:
             report_damage(self._directory, damage, len(manifest.points))

@@ -20,9 +20,9 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 import xxhash
@@ -40,11 +40,14 @@ from replicator.records import (
     decode_head,
     encode_head,
 )
+from replicator.writeback import Writeback
 
 _MAGIC, _VERSION = b"FDREDO1\n", 1
 _HEADER = struct.Struct("<8sII")
 _DATA_BYTES_MAX = 1 << 20
 _BODY_BYTES_MAX = 1 << 16
+# Of a journal being read, at least a record's data.
+_WINDOW_BYTES = 2 << 20
 _LENGTHS_MAX = {DATA: _DATA_BYTES_MAX, ZERO: 2**63 - 1}
 SLOTS = (0, 1)
 
@@ -75,7 +78,11 @@ class Record(NamedTuple):
     disk: int
     offset: int
     length: int
-    data: bytes | None
+    data: memoryview | None
+
+
+ChangedRange: TypeAlias = tuple[int, int, int]
+"""Disk, offset and length."""
 
 
 def journal_directory(directory: Path) -> Path:
@@ -128,6 +135,7 @@ class JournalWriter:
         except BaseException:
             self.drop()
             raise
+        self._writeback = Writeback(files, self._fd)
 
     def _go_on(self, header: JournalHeader, kept: int) -> None:
         try:
@@ -146,6 +154,7 @@ class JournalWriter:
             self.close()
             raise
         self._end = kept
+        self._writeback = Writeback(self._files, self._fd)
 
     def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
         """Append data, with its xxh3-128 where that is known. Raises OSError."""
@@ -210,7 +219,9 @@ class JournalWriter:
     ) -> None:
         head = encode_head(Head(kind, disk, offset, length, digest), self._key)
         with self._mutex:
-            self._end += self._files.write(self._fd, [head, data], self._end)
+            length = self._files.write(self._fd, [head, data], self._end)
+            self._writeback.wrote(self._end, length)
+            self._end += length
             if kind != TRAILER:
                 self._heads.update(head)
                 self.records += 1
@@ -221,29 +232,96 @@ def read_journal(
 ) -> Iterator[Record]:
     """Yield the records of a committed journal in order, each checked before it is yielded.
 
-    Raises JournalDamaged, which may come after good records.
+    The data of one is void once the next is asked for. Raises JournalDamaged, which may come after
+    good records.
     """
+    with _opened(directory, ref) as (path, fd):
+        reader = _Reader(path, fd, _WINDOW_BYTES)
+        for head, position, count in _read_heads(reader, path, fd, ref, source_id, disks):
+            data = None
+            if head.kind == DATA:
+                data = reader.take(position, head.length)
+                if xxhash.xxh3_128_digest(data) != head.digest:
+                    raise JournalDamaged(
+                        f"journal {path} is damaged at byte {position - HEAD_BYTES} "
+                        f"(data of record {count} is not what was written)"
+                    )
+            yield Record(head.disk, head.offset, head.length, data)
+
+
+def read_ranges(
+    directory: Path, ref: JournalRef, source_id: str, disks: Sequence[ReplicaDisk]
+) -> Iterator[ChangedRange]:
+    """Yield the ranges that a committed journal changes, in order; what they get is not looked at.
+
+    Raises as `read_journal` does.
+    """
+    with _opened(directory, ref) as (path, fd):
+        reader = _Reader(path, fd, HEAD_BYTES)
+        for head, _, _ in _read_heads(reader, path, fd, ref, source_id, disks):
+            yield head.disk, head.offset, head.length
+
+
+@contextmanager
+def _opened(directory: Path, ref: JournalRef) -> Iterator[tuple[Path, int]]:
     path = journal_directory(directory) / str(ref.slot)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise JournalDamaged(f"journal {path} cannot be opened: {error.strerror}") from error
     try:
-        yield from _read(path, fd, ref, source_id, disks)
+        yield path, fd
     finally:
         os.close(fd)
 
 
-def _read(
-    path: Path, fd: int, ref: JournalRef, source_id: str, disks: Sequence[ReplicaDisk]
-) -> Iterator[Record]:
+class _Reader:
+    """Reads a journal through one buffer, which spares a copy and a call for each record."""
+
+    def __init__(self, path: Path, fd: int, window: int) -> None:
+        self._path, self._fd, self._window = path, fd, window
+        self._buffer = memoryview(bytearray(max(window, HEAD_BYTES)))
+        self._begin = self._end = 0
+
+    def take(self, position: int, length: int) -> memoryview:
+        """What is at a place; void with the next call. Raises JournalDamaged."""
+        if position < self._begin or position + length > self._end:
+            self._fill(position, length)
+        return self._buffer[position - self._begin : position - self._begin + length]
+
+    def _fill(self, position: int, length: int) -> None:
+        self._begin = self._end = position
+        try:
+            while self._end < position + length:
+                free = self._buffer[self._end - position :]
+                done = os.preadv(self._fd, [free], self._end)
+                if not done:
+                    raise JournalDamaged(f"journal {self._path} ends at byte {self._end}")
+                self._end += done
+        except OSError as error:
+            problem = f"journal {self._path} cannot be read: {error.strerror}"
+            raise JournalDamaged(problem) from error
+
+
+def _read_heads(
+    reader: _Reader,
+    path: Path,
+    fd: int,
+    ref: JournalRef,
+    source_id: str,
+    disks: Sequence[ReplicaDisk],
+) -> Iterator[tuple[Head, int, int]]:
+    """Yield the heads of a committed journal, checked, each with its data's place and its number.
+
+    Ends with a trailer that belongs to them.
+    """
     position = _check_header(path, fd, ref.id, source_id)
     key = _key(ref.id)
     heads = xxhash.xxh3_128()
     count = 0
     while True:
         where = f"journal {path} is damaged at byte {position}"
-        raw = _read_exactly(path, fd, HEAD_BYTES, position)
+        raw = bytes(reader.take(position, HEAD_BYTES))
         head = decode_head(raw, key)
         if head is None:
             raise JournalDamaged(f"{where} (record {count} does not match its checksum)")
@@ -255,15 +333,11 @@ def _read(
         heads.update(raw)
         if kind not in (DATA, ZERO) or disk >= len(disks) or offset + length > disks[disk].size:
             raise JournalDamaged(f"{where} (record {count} is outside the disks)")
-        data = None
+        if kind == DATA and length > _DATA_BYTES_MAX:
+            raise JournalDamaged(f"{where} (record {count} is too large)")
+        yield head, position, count
         if kind == DATA:
-            if length > _DATA_BYTES_MAX:
-                raise JournalDamaged(f"{where} (record {count} is too large)")
-            data = _read_exactly(path, fd, length, position)
-            if xxhash.xxh3_128_digest(data) != digest:
-                raise JournalDamaged(f"{where} (data of record {count} is not what was written)")
             position += length
-        yield Record(disk, offset, length, data)
         count += 1
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from fusedisk.errors import FuseDiskError
 from replicator.files import Files
-from replicator.journal import Record
+from replicator.journal import ChangedRange
 from replicator.manifest import PRIVATE_DIRECTORY, Manifest, Point
 from replicator.retention import Policy, kept
 from replicator.undo import PointDamaged, UndoLog, undo_path
@@ -41,18 +41,16 @@ def save_undo(
     directory: Path,
     manifest: Manifest,
     fds: Sequence[int],
-    records: Iterable[Record],
+    ranges: Iterable[ChangedRange],
 ) -> list[Point]:
     """Save what the images hold where a pass overwrites them, durably, for the newest point listed.
 
-    Reads all of the records, so that damage is found before the images change. Where there is no
-    room, or records are damaged, the oldest points go; the caller records that before the images
-    change. Returns the points as they are then. Raises FuseDiskError.
+    Takes from `ranges` no more than it needs. Where there is no room, or records are damaged, the
+    oldest points go; the caller records that before the images change. Returns the points as they
+    are then. Raises FuseDiskError.
     """
     points = list(manifest.points)
     if not points or points[-1].clone is not None:
-        for _ in records:
-            pass
         return points
     try:
         undo = UndoLog(files, directory, points[-1], manifest.disks)
@@ -63,12 +61,11 @@ def save_undo(
     except OSError as error:
         raise FuseDiskError(f"cannot open undo records: {error.strerror}") from error
     try:
-        for record in records:
+        for disk, offset, length in ranges:
             while True:
                 try:
                     if points:
-                        fd = fds[record.disk]
-                        undo.save(record.disk, fd, record.offset, record.offset + record.length)
+                        undo.save(disk, fds[disk], offset, offset + length)
                     break
                 except OSError as error:
                     if error.errno not in _FULL:

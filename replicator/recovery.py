@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,10 +17,26 @@ import msgspec
 from fusedisk.errors import FuseDiskError
 from replicator.clones import publish, remove_next
 from replicator.files import Files
-from replicator.journal import SLOTS, JournalDamaged, read_journal, remove_journals
-from replicator.manifest import Manifest, Point, Received, settle_manifest, write_manifest
+from replicator.journal import (
+    SLOTS,
+    ChangedRange,
+    JournalDamaged,
+    read_journal,
+    read_ranges,
+    remove_journals,
+)
+from replicator.manifest import (
+    JournalRef,
+    Manifest,
+    Point,
+    Received,
+    ReplicaDisk,
+    settle_manifest,
+    write_manifest,
+)
 from replicator.points import remove_unlisted, save_undo, still_there
 from replicator.received import is_there
+from replicator.writeback import Writeback
 
 log = logging.getLogger("replicator.store")
 
@@ -31,9 +47,12 @@ def apply_journal(
     manifest: Manifest,
     fds: Sequence[int],
     record_points: Callable[[list[Point]], None],
+    *,
+    ours: bool = False,
 ) -> list[Point]:
     """Bring the images to the point of the manifest's journal and sync them.
 
+    Where it is not `ours`, written by this process, it is read through before the images change.
     Returns the points before it, with what was added to the undo records; `record_points` makes
     it durable where some had to go. Raises JournalDamaged
     with the images half changed, or FuseDiskError if they cannot be written; then it can be
@@ -47,19 +66,24 @@ def apply_journal(
 
     if ref.clones is not None:
         return publish(files, directory, manifest, fds, record_points, sync)
-    points = save_undo(
-        files, directory, manifest, fds, read_journal(directory, ref, manifest.source_id, disks)
-    )
+    source_id = manifest.source_id
+    ranges = (read_ranges if ours else _checked_ranges)(directory, ref, source_id, disks)
+    points = save_undo(files, directory, manifest, fds, ranges)
+    if not ours:
+        for _ in ranges:
+            pass
     if len(points) < len(manifest.points):
         # Invariant: a point whose undo records are not complete is not listed once the images
         # change; saving them again after a crash would save the new content as the old.
         record_points(points)
-    for record in read_journal(directory, ref, manifest.source_id, disks):
+    writebacks = [Writeback(files, fd) for fd in fds]
+    for record in read_journal(directory, ref, source_id, disks):
         try:
             if record.data is None:
                 files.zero(fds[record.disk], record.offset, record.length)
             else:
                 files.write(fds[record.disk], [record.data], record.offset)
+                writebacks[record.disk].wrote(record.offset, record.length)
         except OSError as error:
             image = directory / disks[record.disk].name
             raise FuseDiskError(
@@ -68,6 +92,13 @@ def apply_journal(
             ) from error
     sync()
     return points
+
+
+def _checked_ranges(
+    directory: Path, ref: JournalRef, source_id: str, disks: Sequence[ReplicaDisk]
+) -> Iterator[ChangedRange]:
+    for record in read_journal(directory, ref, source_id, disks):
+        yield record.disk, record.offset, record.length
 
 
 def sync_images(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ from fusedisk.extents import data_extents
 from replicator.files import Files
 from replicator.manifest import PRIVATE_DIRECTORY, Point, ReplicaDisk
 from replicator.records import DATA, HEAD_BYTES, NO_DIGEST, ZERO, Head, decode_head, encode_head
+from replicator.writeback import Writeback
 
 _PIECE_BYTES_MAX = 1 << 20
 
@@ -108,6 +109,7 @@ class UndoLog:
             self.fd = files.create(self.path)
         else:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._writeback = Writeback(files, self.fd)
         try:
             self.end = self._scan(point.undo_bytes, disks)
             if os.fstat(self.fd).st_size > self.end:
@@ -159,7 +161,9 @@ class UndoLog:
         """Append one record of data. Raises OSError."""
         head = Head(DATA, disk, offset, len(data), xxhash.xxh3_128_digest(data))
         at = self.end + HEAD_BYTES
-        self.end += self._files.write(self.fd, [encode_head(head, self._seed), data], self.end)
+        length = self._files.write(self.fd, [encode_head(head, self._seed), data], self.end)
+        self._writeback.wrote(self.end, length)
+        self.end += length
         self.overlays[disk].add(offset, offset + len(data), Place(self.fd, at))
 
     def _zero(self, disk: int, start: int, end: int) -> None:

@@ -189,6 +189,9 @@ class SimulatedFiles(Files):
     def reserve(self, fd: int, offset: int, length: int) -> None:
         pass
 
+    def start_writeback(self, fd: int, offset: int, length: int) -> None:
+        """What was written and not synced may be left by a crash anyway."""
+
     def truncate(self, fd: int, size: int) -> None:
         self._step(f"truncate {os.fstat(fd).st_ino} {size}")
         self._file(fd).resize(size)

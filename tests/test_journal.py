@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,6 +151,53 @@ def test_any_damage_to_a_committed_journal_is_found(
     manifest.write_bytes(record)
     journal.unlink(missing_ok=True)
     assert_damage_is_named_and_repaired(tmp_path, caplog)
+
+
+def test_damage_that_is_found_at_the_open_has_not_reached_the_images(tmp_path: Path) -> None:
+    journal = committed(tmp_path)
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with Store(tmp_path) as store, opened(store) as replica:
+        assert replica.manifest.state == "filling"
+    assert images(tmp_path) == BEFORE
+
+
+def test_damage_is_found_by_the_process_that_wrote_the_journal(tmp_path: Path) -> None:
+    with Store(tmp_path, keep="3") as store, opened(store) as replica:
+        fill(replica)
+        second(replica)
+        (journal,) = (tmp_path / "vm/.fusedisk/journal").iterdir()
+        journal.write_bytes(journal.read_bytes().replace(b"2" * 5000, b"2" * 4999 + b"x"))
+        with pytest.raises(JournalDamaged, match="data of record 0 is not what was written"):
+            replica.apply()
+        assert replica.manifest.state == "filling"
+        with pytest.raises(FuseDiskError, match="damaged journal; open it again"):
+            replica.begin(3)
+
+
+def test_all_but_a_little_of_a_pass_is_with_the_disk_before_each_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replicator.writeback._STEP_BYTES", 4096)
+    begun: dict[str, list[tuple[int, int]]] = {}
+
+    class Noting(Files):
+        def start_writeback(self, fd: int, offset: int, length: int) -> None:
+            name = os.readlink(f"/proc/self/fd/{fd}").rpartition("/vm/")[2]
+            begun.setdefault(name, []).append((offset, length))
+            super().start_writeback(fd, offset, length)
+
+    with Store(tmp_path, Noting(), "3") as store, opened(store) as replica:
+        fill(replica)
+        replica.begin(2)
+        for at in (0, 4096, 8192):
+            replica.write(0, at, b"2" * 4096)
+        replica.commit("gen", 2)
+        replica.apply()
+    assert begun["a"] == [(0, 4096), (4096, 4096), (8192, 4096)]
+    assert begun[".fusedisk/points/1"] == [(at * 4144, 4144) for at in range(3)]
+    journal = begun[".fusedisk/journal/0"]
+    assert [length for _, length in journal] == [4144] * 3 and journal[1][0] == sum(journal[0])
 
 
 def test_format(tmp_path: Path) -> None:
