@@ -16,14 +16,15 @@ import errno
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from fusedisk.errors import FuseDiskError
-from replicator.files import Files
+from replicator.changed import ChangedRanges
+from replicator.files import CANNOT_CLONE, Files
 from replicator.journal import JournalDamaged
 from replicator.manifest import PRIVATE_DIRECTORY, JournalRef, Manifest, Point, Received
 from replicator.points import drop_oldest
@@ -66,6 +67,8 @@ class ClonePass:
             self._equal = before._next | before._equal
             before._next, before._equal = {}, {}
         self._writebacks: dict[int, Writeback] = {}
+        self.changed: dict[int, ChangedRanges] = {}
+        """What each disk of the pass has otherwise than its image, where that is known."""
         self._mutex = threading.Lock()
         self.path = clone_directory(directory)
         self.records = 0
@@ -87,7 +90,7 @@ class ClonePass:
 
     def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
         """Write data. Raises OSError."""
-        fd = self.file(disk)
+        fd = self._changing(disk, offset, data.nbytes)
         self._files.write(fd, [data], offset)
         with self._mutex:
             writeback = self._writebacks.setdefault(disk, Writeback(self._files, fd))
@@ -96,7 +99,15 @@ class ClonePass:
     def zero(self, disk: int, offset: int, length: int) -> None:
         """Make zeros of a range. Raises OSError."""
         if length:
-            self._files.zero(self.file(disk), offset, length)
+            self._files.zero(self._changing(disk, offset, length), offset, length)
+
+    def _changing(self, disk: int, offset: int, length: int) -> int:
+        fd = self.file(disk)
+        with self._mutex:
+            # Invariant: noted before the first byte is written, which may be the last that can be.
+            if disk in self.changed:
+                self.changed[disk].add(offset, length)
+        return fd
 
     def file(self, disk: int) -> int:
         """The disk as the pass leaves it, cloned before its first change. Raises OSError."""
@@ -104,6 +115,7 @@ class ClonePass:
             self.records += 1
             if disk in self._equal:
                 self._next[disk] = self._equal.pop(disk)
+                self.changed[disk] = ChangedRanges()
             if disk not in self._next:
                 path = next_path(self._directory, disk)
                 fd = self._files.create(path)
@@ -115,6 +127,7 @@ class ClonePass:
                     self._files.unlink(path)
                     raise
                 self._next[disk] = fd
+                self.changed[disk] = ChangedRanges()
             return self._next[disk]
 
     def sync(self) -> list[int]:
@@ -230,9 +243,11 @@ def publish(
     fds: Sequence[int],
     record_points: Callable[[list[Point]], None],
     sync: Callable[[], None],
+    changed: Mapping[int, ChangedRanges],
 ) -> list[Point]:
     """Make the images what the committed pass left, and `sync` them; the points before it.
 
+    Of a disk in `changed` that alone is cloned: besides, image and pass have to be the same.
     Repeating it ends the same. Where there is no room even for that, the oldest points go, which
     `record_points` makes durable. Raises JournalDamaged with nothing changed, or FuseDiskError.
     """
@@ -250,7 +265,7 @@ def publish(
         while True:
             try:
                 for disk, fd in zip(ref.clones, passed, strict=True):
-                    files.clone(fd, fds[disk])
+                    _clone(files, fd, fds[disk], changed.get(disk))
                 sync()
                 return points
             except OSError as error:
@@ -264,3 +279,17 @@ def publish(
     finally:
         for fd in passed:
             os.close(fd)
+
+
+def _clone(files: Files, source: int, image: int, changed: ChangedRanges | None) -> None:
+    ranges = None if changed is None else changed.to_clone(source)
+    try:
+        for start, end in ranges or ():
+            files.clone_range(source, image, start, end - start)
+    except OSError as error:
+        # Some want blocks of another size than they say.
+        if error.errno not in CANNOT_CLONE:
+            raise
+        ranges = None
+    if ranges is None:
+        files.clone(source, image)

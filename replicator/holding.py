@@ -137,7 +137,7 @@ class HeldReplica:
                 manifest,
                 self._fds,
                 self._record_points,
-                ours=self._committed is not None,
+                ours=self._committed,
             )
         except JournalDamaged as damage:
             report_damage(self._directory, damage, len(manifest.points))

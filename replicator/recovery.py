@@ -15,12 +15,13 @@ from pathlib import Path
 import msgspec
 
 from fusedisk.errors import FuseDiskError
-from replicator.clones import publish, remove_next
+from replicator.clones import ClonePass, publish, remove_next
 from replicator.files import Files
 from replicator.journal import (
     SLOTS,
     ChangedRange,
     JournalDamaged,
+    JournalWriter,
     read_journal,
     read_ranges,
     remove_journals,
@@ -48,11 +49,12 @@ def apply_journal(
     fds: Sequence[int],
     record_points: Callable[[list[Point]], None],
     *,
-    ours: bool = False,
+    ours: JournalWriter | ClonePass | None = None,
 ) -> list[Point]:
     """Bring the images to the point of the manifest's journal and sync them.
 
-    Where it is not `ours`, written by this process, it is read through before the images change.
+    `ours` is what wrote it, where this process did; else it is read through before the images
+    change, and clones are taken over whole.
     Returns the points before it, with what was added to the undo records; `record_points` makes
     it durable where some had to go. Raises JournalDamaged
     with the images half changed, or FuseDiskError if they cannot be written; then it can be
@@ -65,7 +67,8 @@ def apply_journal(
         sync_images(files, directory, manifest, fds)
 
     if ref.clones is not None:
-        return publish(files, directory, manifest, fds, record_points, sync)
+        changed = ours.changed if isinstance(ours, ClonePass) else {}
+        return publish(files, directory, manifest, fds, record_points, sync, changed)
     source_id = manifest.source_id
     ranges = (read_ranges if ours else _checked_ranges)(directory, ref, source_id, disks)
     points = save_undo(files, directory, manifest, fds, ranges)

@@ -5,7 +5,7 @@ noted here. `crash` then says what a power loss at this moment may leave. The fa
 
 - a file's content: each sector of 512 bytes is as it was at the last sync of the file or after
   any write to it since then, each sector by itself; the size is any it had since then. A clone is
-  a write of everything
+  a write of everything that it covers
 - a directory: the creations, renames and removals since its last sync persist up to a random
   one, in order; each is atomic
 - what was synced stays; syncing a file does not sync its name, nor the other way round
@@ -182,6 +182,12 @@ class SimulatedFiles(Files):
         content = os.pread(source, os.fstat(source).st_size, 0)
         self._file(fd).change(0, content)
         super().write(fd, [content], 0)
+
+    def clone_range(self, source: int, fd: int, offset: int, length: int) -> None:
+        self._step(f"clone {os.fstat(source).st_ino} {os.fstat(fd).st_ino} {offset}+{length}")
+        content = os.pread(source, length, offset)
+        self._file(fd).change(offset, content)
+        super().write(fd, [content], offset)
 
     def can_clone(self, directory: Path, fd: int) -> bool:
         return self.clones

@@ -67,6 +67,33 @@ class CopyingFiles(Files):
         size = os.fstat(source).st_size
         self.write(fd, [os.pread(source, size, 0)], 0)
 
+    def clone_range(self, source: int, fd: int, offset: int, length: int) -> None:
+        assert offset % 4096 == 0 and (
+            length % 4096 == 0 or offset + length == os.fstat(fd).st_size
+        )
+        self.write(fd, [os.pread(source, length, offset)], offset)
+
+
+class CountingFiles(CopyingFiles):
+    """Notes what is cloned into an image: (disk, offset, length)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cloned: list[tuple[str, int, int]] = []
+
+    def clone(self, source: int, fd: int) -> None:
+        self._note(fd, 0, os.fstat(source).st_size)
+        super().clone(source, fd)
+
+    def clone_range(self, source: int, fd: int, offset: int, length: int) -> None:
+        self._note(fd, offset, length)
+        super().clone_range(source, fd, offset, length)
+
+    def _note(self, fd: int, offset: int, length: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        if name.startswith("disk"):
+            self.cloned.append((name, offset, length))
+
 
 def live(store: Store, point: int) -> list[bytes]:
     view = LivePoint(store, "vm", point)
@@ -174,6 +201,91 @@ def test_a_point_with_undo_records_ends_with_a_promotion(tmp_path: Path) -> None
         view.close()
         with pytest.raises(FuseDiskError, match="is promoted and belongs to its guest"):
             LivePoint(store, "vm", 1)
+
+
+def test_what_a_pass_changed_is_cloned_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, end = CountingFiles(), SIZES[0]
+    monkeypatch.setattr("replicator.changed._extents", lambda _: 0)
+
+    def cloned() -> list[tuple[str, int, int]]:
+        found, files.cloned = files.cloned, []
+        assert (tmp_path / "vm/disk0").read_bytes() == bytes(content)
+        return found
+
+    with Store(tmp_path, files, "2") as store, Replica.open(store, "vm", "src", DISKS) as replica:
+        Model(1).fill(replica)
+        content = bytearray((tmp_path / "vm/disk0").read_bytes())
+        for epoch in (2, 3, 4):
+            replica.begin(epoch)
+            # Out of order, side by side, across a block's edge, and the end.
+            for at, data in ((8192, b"a" * 10), (100, b"b" * 4096), (end - 9, b"c" * 9)):
+                replica.write(0, at, data)
+                content[at : at + len(data)] = data
+            replica.zero(0, 65536, 4096)
+            content[65536 : 65536 + 4096] = bytes(4096)
+            replica.commit("gen", epoch)
+            if epoch == 4:
+                monkeypatch.setattr("replicator.changed._extents", lambda _: 11)
+            replica.apply()
+            parts = [(0, 12288), (65536, 4096), (end - 512, 512)]
+            expected = [("disk0", *part) for part in parts]
+            assert cloned() == (expected if epoch < 4 else [("disk0", 0, end)])
+        # What this process has of a pass is not all that it changed.
+        monkeypatch.setattr("replicator.changed._extents", lambda _: 0)
+        replica.begin(5, "gen")
+        replica.write(0, 0, b"d")
+        replica.checkpoint("gen", 5, 0, 4096)
+    with Store(tmp_path, files, "2") as store, Replica.open(store, "vm", "src", DISKS) as replica:
+        replica.begin(6, "gen", continues=True)
+        replica.write(0, 4096, b"e")
+        content[0:1], content[4096:4097] = b"d", b"e"
+        replica.commit("gen", 6)
+        replica.apply()
+        assert cloned() == [("disk0", 0, end)]
+        replica.begin(7, "gen")
+        replica.write(0, 0, b"f")
+        content[0:1] = b"f"
+        replica.commit("gen", 7)
+    with Store(tmp_path, files, "2") as store, Replica.open(store, "vm", "src", DISKS):
+        assert cloned() == [("disk0", 0, end)]
+
+
+def test_a_filesystem_that_clones_no_range_clones_the_whole(tmp_path: Path) -> None:
+    class WholeFiles(CopyingFiles):
+        def clone_range(self, source: int, fd: int, offset: int, length: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    model = Model(2)
+    files = WholeFiles()
+    with Store(tmp_path, files, "3") as store, Replica.open(store, "vm", "src", DISKS) as replica:
+        model.fill(replica)
+        for _ in range(3):
+            model.step(replica)
+            model.check(store, replica.manifest)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_ranges_are_cloned_for_real(
+    filesystem: MakeFilesystem, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = filesystem(kind), Model(5)
+    monkeypatch.setattr("replicator.changed._EXTENTS_A_RANGE", 0)
+    ranges: list[int] = []
+
+    class RangesFiles(Files):
+        def clone_range(self, source: int, fd: int, offset: int, length: int) -> None:
+            super().clone_range(source, fd, offset, length)
+            ranges.append(length)
+
+    files = RangesFiles()
+    with Store(path, files, "4") as store, Replica.open(store, "vm", "src", DISKS) as replica:
+        model.fill(replica)
+        for _ in range(8):
+            model.step(replica)
+            model.check(store, replica.manifest)
+    assert ranges
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
