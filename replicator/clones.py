@@ -28,6 +28,7 @@ from replicator.files import CANNOT_CLONE, Files
 from replicator.journal import JournalDamaged
 from replicator.manifest import PRIVATE_DIRECTORY, JournalRef, Manifest, Point, Received
 from replicator.points import drop_oldest
+from replicator.records import Piece
 from replicator.writeback import Writeback
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -88,13 +89,14 @@ class ClonePass:
             raise
         self.records = len(self._next)
 
-    def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
+    def data(self, pieces: Sequence[Piece]) -> None:
         """Write data. Raises OSError."""
-        fd = self._changing(disk, offset, data.nbytes)
-        self._files.write(fd, [data], offset)
-        with self._mutex:
-            writeback = self._writebacks.setdefault(disk, Writeback(self._files, fd))
-            writeback.wrote(offset, data.nbytes)
+        for disk, offset, data, _ in pieces:
+            fd = self._changing(disk, offset, data.nbytes)
+            self._files.write(fd, [data], offset)
+            with self._mutex:
+                writeback = self._writebacks.setdefault(disk, Writeback(self._files, fd))
+                writeback.wrote(offset, data.nbytes)
 
     def zero(self, disk: int, offset: int, length: int) -> None:
         """Make zeros of a range. Raises OSError."""

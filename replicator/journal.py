@@ -37,6 +37,7 @@ from replicator.records import (
     TRAILER,
     ZERO,
     Head,
+    Piece,
     decode_head,
     encode_head,
 )
@@ -48,6 +49,8 @@ _DATA_BYTES_MAX = 1 << 20
 _BODY_BYTES_MAX = 1 << 16
 # Of a journal being read, at least a record's data.
 _WINDOW_BYTES = 2 << 20
+# Of records written in one call, each of which is two buffers of 1024 at most (IOV_MAX).
+_APPENDED_MAX = 512
 _LENGTHS_MAX = {DATA: _DATA_BYTES_MAX, ZERO: 2**63 - 1}
 SLOTS = (0, 1)
 
@@ -156,20 +159,24 @@ class JournalWriter:
         self._end = kept
         self._writeback = Writeback(self._files, self._fd)
 
-    def data(self, disk: int, offset: int, data: memoryview, digest: bytes | None) -> None:
-        """Append data, with its xxh3-128 where that is known. Raises OSError."""
-        if digest is not None and data.nbytes <= _DATA_BYTES_MAX:
-            self._append(DATA, disk, offset, data.nbytes, digest, data)
-            return
-        for at in range(0, data.nbytes, _DATA_BYTES_MAX):
-            part = data[at : at + _DATA_BYTES_MAX]
-            known = xxhash.xxh3_128_digest(part)
-            self._append(DATA, disk, offset + at, part.nbytes, known, part)
+    def data(self, pieces: Sequence[Piece]) -> None:
+        """Append data. Raises OSError."""
+        records: list[tuple[Head, Buffer]] = []
+        for disk, offset, data, digest in pieces:
+            if digest is not None and data.nbytes <= _DATA_BYTES_MAX:
+                records.append((Head(DATA, disk, offset, data.nbytes, digest), data))
+                continue
+            for at in range(0, data.nbytes, _DATA_BYTES_MAX):
+                part = data[at : at + _DATA_BYTES_MAX]
+                known = xxhash.xxh3_128_digest(part)
+                records.append((Head(DATA, disk, offset + at, part.nbytes, known), part))
+        for at in range(0, len(records), _APPENDED_MAX):
+            self._append(records[at : at + _APPENDED_MAX])
 
     def zero(self, disk: int, offset: int, length: int) -> None:
         """Append a run of zeros. Raises OSError."""
         if length:
-            self._append(ZERO, disk, offset, length, NO_DIGEST, b"")
+            self._append([(Head(ZERO, disk, offset, length, NO_DIGEST), b"")])
 
     def sync(self) -> int:
         """Make durable what was appended before, and return its length. Raises OSError."""
@@ -194,7 +201,7 @@ class JournalWriter:
         trailer = _Trailer(generation, epoch, self._heads.hexdigest())
         body = msgspec.json.encode(trailer)
         digest = xxhash.xxh3_128_digest(body)
-        self._append(TRAILER, 0, self.records, len(body), digest, body)
+        self._append([(Head(TRAILER, 0, self.records, len(body), digest), body)])
         # Invariant: content and name are durable before a manifest names this journal.
         self._files.sync(self._fd)
         self._files.sync_directory(self.path.parent)
@@ -214,17 +221,18 @@ class JournalWriter:
         with suppress(OSError):
             self._files.unlink(self.path)
 
-    def _append(
-        self, kind: int, disk: int, offset: int, length: int, digest: bytes, data: Buffer
-    ) -> None:
-        head = encode_head(Head(kind, disk, offset, length, digest), self._key)
+    def _append(self, records: Sequence[tuple[Head, Buffer]]) -> None:
+        buffers: list[Buffer] = []
+        for head, data in records:
+            buffers += [encode_head(head, self._key), data]
         with self._mutex:
-            length = self._files.write(self._fd, [head, data], self._end)
+            length = self._files.write(self._fd, buffers, self._end)
             self._writeback.wrote(self._end, length)
             self._end += length
-            if kind != TRAILER:
-                self._heads.update(head)
-                self.records += 1
+            if records[0][0].kind != TRAILER:
+                for raw in buffers[::2]:
+                    self._heads.update(raw)
+                self.records += len(records)
 
 
 def read_journal(

@@ -18,6 +18,7 @@ from replicator.files import Files
 from replicator.journal import JournalHeader, JournalWriter
 from replicator.manifest import JournalRef, Manifest
 from replicator.pointview import PointView
+from replicator.records import Piece
 
 _PIECE_BYTES = 1 << 20
 
@@ -106,7 +107,7 @@ def rollback_clones(
                         continue
                     for at in range(start, end, _PIECE_BYTES):
                         data = view.read(disk, at, min(_PIECE_BYTES, end - at))
-                        writer.data(disk, at, memoryview(data), None)
+                        writer.data([Piece(disk, at, memoryview(data))])
             ref = writer.seal(view.point.generation, view.point.epoch, now)
             ref = msgspec.structs.replace(ref, frozen=view.point.frozen)
         except BaseException:
@@ -128,7 +129,7 @@ def _write_back(files: Files, view: PointView, writer: JournalWriter, disk: int,
         files.reserve(fd, start, end - start)
         for at in range(start, end, _PIECE_BYTES):
             data = view.read(disk, at, min(_PIECE_BYTES, end - at))
-            writer.data(disk, at, memoryview(data), None)
+            writer.data([Piece(disk, at, memoryview(data))])
 
 
 def _differing(view: PointView, disk: int, fd: int) -> Iterator[tuple[int, int, bool]]:

@@ -23,6 +23,7 @@ from replicator.link import Link, LinkLost, say_last
 from replicator.manifest import ReplicaDisk, read_manifest
 from replicator.proving import DiskProof
 from replicator.reading import serve_reads
+from replicator.records import Piece
 from replicator.replica import Replica
 from replicator.running import one_error
 from replicator.store import ReplicaBusy, Store, check_replica_name
@@ -36,6 +37,8 @@ _TURN_SECONDS_MAX = 20.0
 _TURN_POLL_SECONDS = 0.5
 # Questions that a session may have waiting for the disk; an honest sender waits for each answer.
 _PINGS_MAX = 16
+# Of data that is written in one go.
+_PIECES_BYTES_MAX = 4 << 20
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -321,13 +324,22 @@ def _commit(replica: Replica, pass_: m.Commit) -> None:
 
 
 def _store(replica: Replica, transfers: Sequence[m.Data | m.Zero]) -> None:
+    pieces: list[Piece] = []
+    held = 0
     for transfer in transfers:
+        if isinstance(transfer, m.Data):
+            # Invariant: nothing is written that is not what the sender read.
+            content = memoryview(transfer.content())
+            pieces.append(Piece(transfer.disk, transfer.offset, content, transfer.digest))
+            # What was compressed may be more than the queue holds.
+            held += content.nbytes
+        if pieces and (held >= _PIECES_BYTES_MAX or isinstance(transfer, m.Zero)):
+            replica.write_many(pieces)
+            pieces, held = [], 0
         if isinstance(transfer, m.Zero):
             replica.zero(transfer.disk, transfer.offset, transfer.length)
-            continue
-        # Invariant: nothing is written that is not what the sender read.
-        content = transfer.content()
-        replica.write(transfer.disk, transfer.offset, content, transfer.digest)
+    if pieces:
+        replica.write_many(pieces)
 
 
 async def _answer(link: Link, proof: DiskProof, nonce: int, answering: trio.Semaphore) -> None:

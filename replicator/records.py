@@ -16,6 +16,15 @@ DATA, ZERO, TRAILER = 1, 2, 3
 NO_DIGEST = bytes(16)
 
 
+class Piece(NamedTuple):
+    """Data for byte `offset` of disk number `disk`, with its xxh3-128 where that is known."""
+
+    disk: int
+    offset: int
+    data: memoryview
+    digest: bytes | None = None
+
+
 class Head(NamedTuple):
     """A range of `length` bytes at byte `offset` of disk number `disk`."""
 

@@ -11,6 +11,8 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,6 +38,7 @@ from replicator.manifest import (
 )
 from replicator.opening import compare_with_manifest, in_order
 from replicator.points import before_commit
+from replicator.records import Piece
 from replicator.recovery import recover
 from replicator.retention import parse_policy
 
@@ -129,22 +132,36 @@ class Replica(CheckpointedReplica):
         Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error;
         TargetFull drops the pass, where the points that could be dropped are gone already.
         """
-        view = memoryview(data)
-        with self._dropping_if_full():
-            self._as_room_is_made(lambda: self._write(disk, offset, view, digest))
+        self.write_many([Piece(disk, offset, memoryview(data), digest)])
 
-    def _write(self, disk: int, offset: int, view: memoryview, digest: bytes | None) -> None:
+    def write_many(self, pieces: Sequence[Piece]) -> None:
+        """Take data for many places in this order, of a few MiB in all; else as `write`."""
+        with self._dropping_if_full():
+            self._as_room_is_made(lambda: self._write(pieces))
+
+    def _write(self, pieces: Sequence[Piece]) -> None:
         with self._sharing():
             self._require_changeable()
-            disk, fd = self._range(disk, offset, view.nbytes)
-            with clear_errors(f"cannot write to image {self._image(disk)}"):
-                if self._receiving is None:
-                    self._files.write(fd, [view], offset)
-                elif view.nbytes:
-                    if not self._cloning:
-                        # Invariant: applying what was committed never ends for want of room.
-                        self._files.reserve(fd, offset, view.nbytes)
-                    self._receiving.data(disk, offset, view, digest)
+            placed = [self._placed(piece) for piece in pieces if piece.data.nbytes]
+            for disk, group in groupby(placed, key=attrgetter("disk")):
+                with clear_errors(f"cannot write to image {self._image(disk)}"):
+                    self._take(disk, list(group))
+
+    def _placed(self, piece: Piece) -> Piece:
+        disk, _ = self._range(piece.disk, piece.offset, piece.data.nbytes)
+        return Piece(disk, *piece[1:])
+
+    def _take(self, disk: int, pieces: Sequence[Piece]) -> None:
+        fd = self._fds[disk]
+        if self._receiving is None:
+            for piece in pieces:
+                self._files.write(fd, [piece.data], piece.offset)
+            return
+        if not self._cloning:
+            # Invariant: applying what was committed never ends for want of room.
+            for start, end in _joined(pieces):
+                self._files.reserve(fd, start, end - start)
+        self._receiving.data(pieces)
 
     def zero(self, disk: int, offset: int, length: int) -> None:
         """Take it that `length` bytes at byte `offset` of disk number `disk` read as zeros.
@@ -357,3 +374,14 @@ class Replica(CheckpointedReplica):
         # A manifest that names a point must not lie about the images, not even for one write.
         if self._manifest.state == "following" and self._receiving is None:
             raise FuseDiskError(f"replica {self.name!r} is at rest; begin a pass before writing")
+
+
+def _joined(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """The ranges of pieces of a disk, as one where a piece begins at the end of another."""
+    found: list[tuple[int, int]] = []
+    for piece in pieces:
+        start, end = piece.offset, piece.offset + piece.data.nbytes
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, end))
+    return found

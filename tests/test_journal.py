@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from fusedisk.errors import FuseDiskError
+from replicator import messages as m
 from replicator.files import Buffer, Files
 from replicator.journal import JournalDamaged, JournalHeader, JournalWriter, read_journal
 from replicator.manifest import JournalRef, ReplicaDisk, read_manifest
+from replicator.receiver import _store
+from replicator.records import Piece
 from replicator.replica import Replica, TargetFull
 from replicator.store import Store, list_replicas
 
@@ -204,7 +207,7 @@ def test_format(tmp_path: Path) -> None:
     (tmp_path / ".fusedisk").mkdir()
     header = JournalHeader("00112233445566778899aabbccddeeff", "src", "gen", 1, 2)
     writer = JournalWriter(Files(), tmp_path, 1, header)
-    writer.data(1, 5, memoryview(b"data"), None)
+    writer.data([Piece(1, 5, memoryview(b"data"))])
     writer.zero(0, 4096, 8192)
     ref = writer.seal("gen", 2, 7.5)
     writer.close()
@@ -251,6 +254,64 @@ class Faulty(Files):
     def sync(self, fd: int) -> None:
         self.fault("sync")
         super().sync(fd)
+
+
+def test_many_pieces_are_taken_in_order_at_once(tmp_path: Path) -> None:
+    calls: list[tuple[str, int]] = []
+
+    class Noting(Files):
+        def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+            calls.append(("write", len(buffers)))
+            return super().write(fd, buffers, offset)
+
+        def reserve(self, fd: int, offset: int, length: int) -> None:
+            calls.append((f"reserve at {offset}", length))
+            super().reserve(fd, offset, length)
+
+    def pieces(*what: tuple[int, int, bytes]) -> list[Piece]:
+        return [Piece(disk, at, memoryview(data)) for disk, at, data in what]
+
+    with Store(tmp_path, Noting()) as store, opened(store) as replica:
+        replica.begin(1)
+        replica.write_many(pieces((0, 0, b"1" * SIZE), (1, 0, b"1" * 4096)))
+        replica.commit("gen", 1)
+        replica.begin(2)
+        many = pieces((0, 0, b"a" * 4096), (0, 4096, b"b" * 4096), (0, 10, b"c"), (1, 9, b"d" * 9))
+        calls.clear()
+        replica.write_many(many)
+        assert calls == [
+            *(("reserve at 0", 8192), ("reserve at 10", 1), ("write", 6)),
+            *(("reserve at 9", 9), ("write", 2)),
+        ]
+        with pytest.raises(FuseDiskError, match="are outside disk 'b'"):
+            replica.write_many(pieces((0, 0, b"x"), (1, 4096, b"x")))
+        replica.write_many(pieces(*((0, 8192 + at, b"e") for at in range(1500))))
+        replica.commit("gen", 2)
+        replica.apply()
+    first = b"a" * 10 + b"c" + b"a" * 4085 + b"b" * 4096 + b"e" * 1500 + b"1" * (4096 - 1500)
+    assert images(tmp_path) == [first, b"1" * 9 + b"d" * 9 + b"1" * 4078]
+
+
+def test_a_receiver_keeps_the_order_of_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replicator.receiver._PIECES_BYTES_MAX", 5000)
+    taken: list[int] = []
+    write_many = Replica.write_many
+
+    def noting(self: Replica, pieces: Sequence[Piece]) -> None:
+        taken.append(len(pieces))
+        write_many(self, pieces)
+
+    monkeypatch.setattr(Replica, "write_many", noting)
+    parts = [m.Data.of(0, at, memoryview(b"a" * 4096)) for at in (0, 4096, 8192)]
+    last = m.Data.of(0, 50, memoryview(b"b" * 10))
+    with Store(tmp_path) as store, opened(store) as replica:
+        replica.begin(1)
+        _store(replica, [*parts, m.Zero(0, 0, 100), last])
+        replica.commit("gen", 1)
+    assert taken == [2, 1, 1]
+    assert images(tmp_path)[0] == bytes(50) + b"b" * 10 + bytes(40) + b"a" * (SIZE - 100)
 
 
 @pytest.mark.parametrize("where", ["create", "append", "reserve"])

@@ -21,10 +21,11 @@ from common import GIB, MIB, scratch_parser, table
 from replicator.clones import clone_path
 from replicator.exclusive import exclusive_bytes
 from replicator.manifest import ReplicaDisk
+from replicator.records import Piece
 from replicator.replica import Replica
 from replicator.store import Store
 
-RUN_BYTES = 64 << 10
+RUN_BYTES, BATCH_BYTES = 64 << 10, 4 << 20
 
 
 class Cost(NamedTuple):
@@ -111,8 +112,11 @@ def replicated(scratch: Path, kind: str, load: Load, keep: str) -> list[Cost]:
             os.sync()
             begun, before = time.monotonic(), written(stat)
             replica.begin(number + 1)
-            for offset, data, digest in load.content(number):
-                replica.write(0, offset, data, digest)
+            # As a receiver does.
+            content = load.content(number)
+            while batch := list(itertools.islice(content, BATCH_BYTES // RUN_BYTES)):
+                pieces = [Piece(0, at, memoryview(data), digest) for at, data, digest in batch]
+                replica.write_many(pieces)
             replica.commit("generation", number + 1)
             replica.apply()
             costs.append(Cost(time.monotonic() - begun, written(stat) - before))
