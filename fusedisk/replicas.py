@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -47,6 +47,14 @@ class Verified(msgspec.Struct, forbid_unknown_fields=True):
     repaired_bytes: int
 
 
+class Root(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A digest over the passes up to ``epoch`` (replicator.chain); ``whole``: from a full copy."""
+
+    value: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    epoch: int
+    whole: bool
+
+
 class ReplicaRecord(msgspec.Struct, forbid_unknown_fields=True):
     """Contents of NAME.json. ``closed_at`` is the wall clock when ``epoch`` was closed."""
 
@@ -59,6 +67,7 @@ class ReplicaRecord(msgspec.Struct, forbid_unknown_fields=True):
     sent: Sent = msgspec.field(default_factory=Sent)
     max_downtime_ms: int | None = None
     verified: Verified | None = None
+    root: Root | None = None
 
 
 class Lag(NamedTuple):

@@ -30,8 +30,22 @@ class CheckpointedReplica(DecidableReplica):
         # The store may have been moved to a filesystem of the other kind.
         return received if (received.clones is not None) == self._cloning else None
 
-    def checkpoint(self, generation: str, epoch: int, disk: int, offset: int) -> None:
-        """Note durably that the pass is there up to byte `offset` of a disk.
+    @property
+    def kept(self) -> bytes:
+        """The digest of the pass that was cut off, as it was noted; empty where there is none."""
+        noted = self.filled or self.received
+        return bytes.fromhex((noted and noted.digest) or "")
+
+    @property
+    def passed(self) -> bytes:
+        """The digest of the pass being received, as far as it is written."""
+        with self._condition:
+            return self._passed.value()
+
+    def checkpoint(
+        self, generation: str, epoch: int, disk: int, offset: int, passed: bytes = b""
+    ) -> None:
+        """Note durably that the pass is there up to byte `offset` of a disk, where it was `passed`.
 
         "There" is what nobody wrote after `epoch`. Covers the writes that returned before. Without
         effect in a pass that goes from one history to another. Raises FuseDiskError on an I/O
@@ -40,24 +54,25 @@ class CheckpointedReplica(DecidableReplica):
         check_text("generation", generation)
         with self._dropping_if_full():
             if self._manifest.state == "filling":
-                self._checkpoint_fill(generation, epoch, disk, offset)
+                self._checkpoint_fill(generation, Claim(epoch, disk, offset), passed.hex() or None)
             else:
-                self._checkpoint_pass(generation, Claim(epoch, disk, offset))
+                self._checkpoint_pass(generation, Claim(epoch, disk, offset), passed.hex() or None)
 
-    def _checkpoint_fill(self, generation: str, epoch: int, disk: int, offset: int) -> None:
+    def _checkpoint_fill(self, generation: str, at: Claim, passed: str | None) -> None:
         with self._sharing():
-            if self._manifest.state != "filling" or self._filling != epoch:
+            if self._manifest.state != "filling" or self._filling != at.epoch:
                 return
-            self._range(disk, offset, 0)
+            self._range(at.disk, at.offset, 0)
             # Invariant: what the manifest claims to be there is durable before it says so.
             self._sync_images()
         with self._excluding():
             # The pass may have ended meanwhile, or another one begun.
-            if self._manifest.state == "filling" and self._filling == epoch:
-                filled = Filled(generation, epoch, disk, offset, self._order())
+            if self._manifest.state == "filling" and self._filling == at.epoch:
+                place = at.epoch, at.disk, at.offset
+                filled = Filled(generation, *place, self._order(), passed)
                 self._record(msgspec.structs.replace(self._manifest, filled=filled))
 
-    def _checkpoint_pass(self, generation: str, claim: Claim) -> None:
+    def _checkpoint_pass(self, generation: str, claim: Claim, passed: str | None) -> None:
         with self._sharing():
             receiving = self._receiving
             if receiving is None or self._manifest.committed[0] != generation:
@@ -69,7 +84,7 @@ class CheckpointedReplica(DecidableReplica):
                 return
             before = self._manifest.received
             claims = with_claim([] if before is None else before.claims, claim)
-            received = msgspec.structs.replace(received, claims=claims)
+            received = msgspec.structs.replace(received, claims=claims, digest=passed)
             self._record(msgspec.structs.replace(self._manifest, received=received))
 
     def _synced(self, receiving: JournalWriter | ClonePass) -> Received:

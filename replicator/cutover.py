@@ -298,6 +298,7 @@ class Cutover:
                 unrecorded = await hand_over(
                     *(self._source, self._link, record, self._ask_outcome, deadline),
                     lambda: self._guest.in_hand and gate.begin_promotion(PROMOTION_SECONDS_MAX),
+                    self._session.chain,
                 )
             mark("promote")
         self._predicted_ms = predicted_ms
@@ -319,6 +320,8 @@ class Cutover:
             mark("memory")
         result = self._result("promoted", sum(phases.values()), phases)
         result["memory"] = self._guest.memory
+        # A target that answers was promoted by the root that it was asked for.
+        result["root"] = "equal" if self._session.chain.proves else "unknown"
         if troubles:
             result["exit_code"] = FuseDiskError.exit_code
             result["error"] = f"the replica is the disk now, but {'; and '.join(troubles)}"

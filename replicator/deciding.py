@@ -14,14 +14,19 @@ from replicator.manifest import MAX_ABORTED_TOKENS, check_epoch, check_text, cle
 from replicator.promotion import clear_image_fences, rollback_clones, rollback_journal
 
 
+class OtherRoot(FuseDiskError):
+    """The replica is not what was sent."""
+
+
 class DecidableReplica(HeldReplica):
     """Promotion, going back to a point, and cutovers that are void."""
 
-    def promote(self, token: str, epoch: int) -> None:
+    def promote(self, token: str, epoch: int, root: bytes | None = None) -> None:
         """Make the replica authoritative at `epoch` for the cutover `token`; durable on return.
 
         Repeating it with the same token and epoch changes nothing. Raises FuseDiskError if the
-        replica is not at rest at that epoch, the token was aborted, or it is promoted otherwise.
+        replica is not at rest at that epoch, the token was aborted, or it is promoted otherwise;
+        OtherRoot if it has not the `root` given.
         """
         check_text("cutover token", token)
         check_epoch(epoch)
@@ -46,6 +51,9 @@ class DecidableReplica(HeldReplica):
                 raise FuseDiskError(f"{what}: its first fill is not complete; let it finish")
             if self._receiving is not None:
                 raise FuseDiskError(f"{what}: a pass is half received; replicate until it commits")
+            # Invariant: asked for where both are at rest, so by no other pass than the last.
+            if root is not None and manifest.root != root.hex():
+                raise OtherRoot(f"{what}: it is not what was sent (its root differs)")
             self._promote(token)
 
     def take_over(self, token: str, *, force: bool) -> None:

@@ -3,6 +3,7 @@
 import errno
 
 from fusedisk.errors import FuseDiskError
+from replicator.deciding import OtherRoot
 from replicator.holding import FULL
 from replicator.journal import JournalDamaged
 from replicator.messages import RemoteProtocolError
@@ -33,6 +34,8 @@ def failure_code(error: Exception) -> str:
             return "damaged"
         case ReplicaBusy():
             return "busy"
+        case OtherRoot():
+            return "differs"
         case FuseDiskError() if _may_pass(error.__cause__):
             return "io"
         case FuseDiskError():

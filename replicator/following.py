@@ -22,6 +22,7 @@ from replicator.address import Address
 from replicator.batches import COMMITTED_LATER, Unread, describe
 from replicator.cadence import Cadence
 from replicator.captured import GivenUp
+from replicator.chain import Chain
 from replicator.compression import Compressor
 from replicator.cutover import Cutover, CutoverOptions, new_record
 from replicator.freeze import Freezer
@@ -80,6 +81,7 @@ class Follower:
         self._pace = Pace(settings.bandwidth)
         self._session: Session | None = None
         self._compressor = Compressor(settings.compress)
+        self._chain = Chain()
         self._began = trio.current_time()
         self._reached = self._committed_here = self._unmounted = False
         self._wake = trio.Event()
@@ -113,6 +115,7 @@ class Follower:
                 settings.max_downtime_ms = noted.max_downtime_ms
             if noted.generation == source.record.generation:
                 self.committed = noted.epoch
+                self._chain = Chain(noted.root)
                 self._closed_at = noted.closed_at or self._closed_at
                 if noted.epoch is not None:
                     # Before this process there is only the clock on the wall.
@@ -256,6 +259,7 @@ class Follower:
         session = Session(
             *(self._source, link, self._name, self._instance),
             *(self.progress, self.sent, self.rates, self._compressor),
+            chain=self._chain,
         )
         session.spill_bytes = self._settings.spill_bytes
         session.given_up = self._given_up
@@ -528,6 +532,7 @@ class Follower:
             msgspec.structs.replace(self.sent),
             self._settings.max_downtime_ms,
             self.verified,
+            self._chain.root,
         )
         try:
             await trio.to_thread.run_sync(write_record, self._source.state, record)

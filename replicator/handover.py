@@ -32,7 +32,8 @@ import trio
 from fusedisk.errors import FuseDiskError
 from fusedisk.fencing import FenceRecord, clear_fence, read_fence, record_fence
 from fusedisk.gate import open_gate, take_lease
-from replicator.link import Link, LinkLost, raise_failed
+from replicator.chain import Chain
+from replicator.link import Link, LinkLost, Unequal, raise_failed
 from replicator.messages import (
     Aborted,
     Bye,
@@ -44,6 +45,7 @@ from replicator.messages import (
     Resolve,
     Welcome,
 )
+from replicator.proof import Differs
 from replicator.source import Source
 from replicator.transport.connecting import Connect
 
@@ -106,13 +108,15 @@ async def hand_over(
     ask_outcome: AskOutcome,
     deadline: float,
     begin: Callable[[], bool],
+    chain: Chain,
 ) -> str | None:
     """Promote the target and fence the source; the gate is closed, the record says *committing*.
 
     Returns what went wrong with the record *fenced* of a target that is promoted. Until PROMOTE is
     sent ``deadline`` holds. ``begin`` makes the gate one that opens only behind the fence, and says
-    whether guest and gate were still held. Raises NotConverged or FuseDiskError where the guest may
-    go on, OutcomeUnknown where it may not. To be called where nothing can cancel it.
+    whether guest and gate were still held. ``chain`` says what root the replica has to have, if
+    that is known. Raises NotConverged, Differs or FuseDiskError where the guest may go on,
+    OutcomeUnknown where it may not. To be called where nothing can cancel it.
     """
     images = [Path(disk.path) for disk in source.record.disks]
     try:
@@ -138,16 +142,22 @@ async def hand_over(
         )
     try:
         with trio.fail_after(_ANSWER_SECONDS_MAX):
-            await link.send(Promote(record.token, record.epoch))
+            await link.send(Promote(record.token, record.epoch, chain.promise()))
             await link.expect(Promoted)
     except _NO_ANSWER as error:
         outcome = await _ask_again(source, record, ask_outcome, error)
         if outcome != "promoted":
             await _take_back(source, images)
+            if isinstance(error, Unequal):
+                raise Differs(
+                    f"{error}; the guest goes on at the source, which compares the disks"
+                ) from None
             raise FuseDiskError(
                 f"the target did not promote ({error or 'no answer'}) and never will under this "
                 "cutover; the guest goes on at the source"
             ) from None
+        # It may have been another promotion, which compared nothing.
+        chain.doubt()
     try:
         await trio.to_thread.run_sync(settle, source, images, record, "promoted")
     except OSError as error:

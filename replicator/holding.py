@@ -37,6 +37,7 @@ from replicator.recovery import (
     unknown,
 )
 from replicator.retention import parse_policy
+from replicator.transfers import TransferDigest
 
 if TYPE_CHECKING:
     from replicator.store import Store
@@ -95,6 +96,8 @@ class HeldReplica:
         self._committed: JournalWriter | ClonePass | None = None
         self._published: ClonePass | None = None
         self._filling: int | None = None
+        self._passed = TransferDigest()
+        self._base: bytes | None = None
         self._dropped = 0
         self._begun = False
         self._apply_mutex = threading.Lock()

@@ -259,10 +259,16 @@ class Refused(FuseDiskError):
     """The peer refused; trying again would be refused again."""
 
 
+class Unequal(Refused):
+    """The peer found that the replica is not what was sent."""
+
+
 def raise_failed(event: Failed) -> None:
     """Turn the peer's last word into an error: Refused, or LinkLost where a retry may help."""
     text = "".join(c if c.isprintable() else " " for c in event.message)
     if event.code == "refused":
         raise Refused(text)
+    if event.code == "differs":
+        raise Unequal(text)
     kind = TargetFailed if event.code in ("full", "io") else LinkLost
     raise kind(f"the receiver failed: {text}")

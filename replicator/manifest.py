@@ -45,6 +45,7 @@ _MANIFEST_BYTES_MAX = 16 << 20
 _MIN_CHUNK, _MAX_CHUNK = 4096, 16 << 20
 
 State = Literal["filling", "following", "promoted"]
+Hex = Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern="^[0-9a-f]*$")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=MAX_EPOCH)]
 
@@ -61,21 +62,24 @@ class JournalRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A committed pass: its journal's slot, the id in its header, and the point it leads to.
 
     With `clones` there is no journal, but the disks so numbered as the pass left them (clones.py).
+    `root` is that of the point.
     """
 
     slot: Annotated[int, msgspec.Meta(ge=0, le=1)]
-    id: Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern="^[0-9a-f]*$")]
+    id: Hex
     generation: Text
     epoch: Epoch
     time: float
     clones: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
     frozen: bool = False
+    root: Hex | None = None
 
 
 class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far the pass of (generation, epoch) came that was to lead to the first point.
 
-    All before byte `offset` of `order[disk]` is durable; `order` names the disks as sent.
+    All before byte `offset` of `order[disk]` is durable; `order` names the disks as sent, and
+    `digest` is that of the pass by then.
     """
 
     generation: Text
@@ -83,6 +87,7 @@ class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk: Annotated[int, msgspec.Meta(ge=0, le=2**16)]
     offset: Annotated[int, msgspec.Meta(ge=0, le=_MAX_DISK_SIZE)]
     order: list[str]
+    digest: Hex | None = None
 
 
 class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,10 +106,11 @@ class Received(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     It is the first `length` bytes of the journal in `slot`, or with `clones` the disks so numbered
     (clones.py). `claims` hold of it and of the images where it has nothing; they are ordered from
-    the farthest place and oldest epoch to the nearest and newest. `order` names the disks as sent.
+    the farthest place and oldest epoch to the nearest and newest. `order` names the disks as sent,
+    and `digest` is that of the pass at the checkpoint that was noted last.
     """
 
-    id: Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern="^[0-9a-f]*$")]
+    id: Hex
     generation: Text
     epoch: Epoch
     order: list[str]
@@ -112,6 +118,7 @@ class Received(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
     length: Annotated[int, msgspec.Meta(ge=0)] = 0
     clones: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+    digest: Hex | None = None
 
 
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +149,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `promoted_at` is the wall clock of the promotion, and `stamps` what each image was then
     (fusedisk.image.stamp): a mount of it finds out by them whether it is the promoted state.
+
+    `root` is the digest over all passes that led to (generation, epoch), None where it is not known
+    (chain.py).
     """
 
     version: int
@@ -161,6 +171,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stamps: list[dict[str, str | int]] = []
     filled: Filled | None = None
     received: Received | None = None
+    root: Hex | None = None
 
     @property
     def committed(self) -> tuple[str | None, int | None]:

@@ -77,6 +77,9 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything that travels as msgpack."""
 
 
+Digest: TypeAlias = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
 class Hello(Message, frozen=True):
     """The sender's first word: the versions it speaks and the seed for hashes of disk blocks."""
 
@@ -126,7 +129,8 @@ class Opened(Message, frozen=True):
     """What the receiver has under that name. ``applying``: its images are between two points.
 
     ``reached`` is durable, of a first fill or comparison that was cut off. ``received`` is of a
-    later pass, on top of the committed epoch: each holds by itself.
+    later pass, on top of the committed epoch: each holds by itself. ``kept`` is the digest of the
+    pass that either is of, as it was noted. ``root`` is the committed epoch's, if it is known.
     """
 
     state: Literal["new", "existing", "filling", "following", "promoted"]
@@ -136,19 +140,23 @@ class Opened(Message, frozen=True):
     applying: bool = False
     reached: Reached | None = None
     received: Annotated[list[Reached], Meta(max_length=RECEIVED_MAX)] = []
+    root: Digest | None = None
+    kept: Digest | None = None
 
 
 class Begin(Message, frozen=True):
     """A pass starts: what follows until `Commit` belongs to this epoch.
 
     `data_bytes`: about how much data it will have; 0 where that is not known, or little.
-    `continues`: on top of what Opened said to be `received`, which is dropped otherwise.
+    `continues`: on top of what Opened said to be `received`, which is dropped otherwise, or towards
+    the epoch that was `reached`. `root`: a chain begins anew with it, which the pass goes into.
     """
 
     epoch: Count
     kind: Literal["fill", "compare", "pass"]
     data_bytes: Count = 0
     continues: bool = False
+    root: Digest | None = None
 
 
 class HashRequest(Message, frozen=True):
@@ -232,10 +240,14 @@ class Committed(Message, frozen=True):
 
 
 class Promote(Message, frozen=True):
-    """Make the replica the one that runs; the token says by whose decision."""
+    """Make the replica the one that runs; the token says by whose decision.
+
+    `root`: to be refused where it is not the replica's own.
+    """
 
     token: Ident
     epoch: Count
+    root: Digest | None = None
 
 
 class Promoted(Message, frozen=True):

@@ -258,10 +258,11 @@ async def _work(
                 _require_equal(event, digest)
                 # Beside what follows; one that comes while another is noted is let go.
                 if not checkpointing.locked():
-                    nursery.start_soon(_checkpoint, replica, event.reached, checkpointing)
+                    at = event.reached, replica.passed
+                    nursery.start_soon(_checkpoint, replica, *at, checkpointing)
             case m.Begin():
-                digest = TransferDigest()
-                begin = partial(replica.begin, continues=event.continues)
+                digest = TransferDigest(replica.kept if event.continues else b"")
+                begin = partial(replica.begin, continues=event.continues, root=event.root)
                 await trio.to_thread.run_sync(begin, event.epoch, generation, event.data_bytes)
             case m.Commit():
                 _require_equal(event, digest)
@@ -270,7 +271,8 @@ async def _work(
                 # Beside the next pass; commit, promote and hashes wait for it.
                 nursery.start_soon(trio.to_thread.run_sync, replica.apply)
             case m.Promote():
-                await trio.to_thread.run_sync(replica.promote, event.token, event.epoch)
+                promised = event.token, event.epoch, event.root
+                await trio.to_thread.run_sync(replica.promote, *promised)
                 await link.send(m.Promoted(event.token, event.epoch))
             case m.Abort():
                 await trio.to_thread.run_sync(replica.abort, event.token)
@@ -361,7 +363,11 @@ def _opened(replica: Replica) -> m.Opened:
         reached = m.Reached(filled.generation, filled.epoch, filled.disk, filled.offset)
     if kept is not None:
         received = [m.Reached(kept.generation, c.epoch, c.disk, c.offset) for c in kept.claims]
-    return m.Opened(state, *point, manifest.token, manifest.applying, reached, received)
+    return m.Opened(
+        *(state, *point, manifest.token, manifest.applying, reached, received),
+        root=bytes.fromhex(manifest.root or "") or None,
+        kept=replica.kept or None,
+    )
 
 
 def _require_equal(said: m.Checkpoint | m.Commit, digest: TransferDigest) -> None:
@@ -370,10 +376,12 @@ def _require_equal(said: m.Checkpoint | m.Commit, digest: TransferDigest) -> Non
         raise m.RemoteProtocolError("the pass is not the one that was sent")
 
 
-async def _checkpoint(replica: Replica, at: m.Reached, checkpointing: trio.Lock) -> None:
+async def _checkpoint(
+    replica: Replica, at: m.Reached, passed: bytes, checkpointing: trio.Lock
+) -> None:
     async with checkpointing:
         await trio.to_thread.run_sync(
-            replica.checkpoint, at.generation, at.epoch, at.disk, at.offset
+            replica.checkpoint, at.generation, at.epoch, at.disk, at.offset, passed
         )
 
 

@@ -133,6 +133,7 @@ def applied(manifest: Manifest, points: Sequence[Point]) -> Manifest:
         journal=None,
         points=[*points, reached],
         next_point=manifest.next_point + 1,
+        root=ref.root,
     )
 
 
@@ -152,6 +153,7 @@ def unknown(manifest: Manifest) -> Manifest:
         received=None,
         # What is repaired is not recorded for undoing.
         points=[],
+        root=None,
     )
 
 

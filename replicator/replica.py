@@ -16,8 +16,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import msgspec
+import xxhash
 
 from fusedisk.errors import FuseDiskError
+from replicator.chain import fold
 from replicator.checkpoints import CheckpointedReplica
 from replicator.clones import ClonePass, preserve
 from replicator.holding import Status, TargetFull
@@ -41,6 +43,7 @@ from replicator.points import before_commit
 from replicator.records import Piece
 from replicator.recovery import recover
 from replicator.retention import parse_policy
+from replicator.transfers import TransferDigest
 
 if TYPE_CHECKING:
     from replicator.store import Store
@@ -146,6 +149,9 @@ class Replica(CheckpointedReplica):
             for disk, group in groupby(placed, key=attrgetter("disk")):
                 with clear_errors(f"cannot write to image {self._image(disk)}"):
                     self._take(disk, list(group))
+            # Last, since all of it is written again where room had to be made.
+            for disk, offset, data, digest in pieces:
+                self._stored(disk, offset, data.nbytes, digest or xxhash.xxh3_128_digest(data))
 
     def _placed(self, piece: Piece) -> Piece:
         disk, _ = self._range(piece.disk, piece.offset, piece.data.nbytes)
@@ -174,6 +180,7 @@ class Replica(CheckpointedReplica):
             self._as_room_is_made(lambda: self._zero(disk, offset, length))
 
     def _zero(self, disk: int, offset: int, length: int) -> None:
+        number = disk
         with self._sharing():
             self._require_changeable()
             disk, fd = self._range(disk, offset, length)
@@ -182,6 +189,13 @@ class Replica(CheckpointedReplica):
                     self._files.zero(fd, offset, length)
                 else:
                     self._receiving.zero(disk, offset, length)
+            self._stored(number, offset, length, b"")
+
+    def _stored(self, number: int, offset: int, length: int, content: bytes) -> None:
+        # Invariant: only what was written goes into the root; of a journal all is checked once
+        # more when it is applied, its heads as a whole.
+        with self._condition:
+            self._passed.take(number, offset, length, content)
 
     def hashes(
         self, disk: int, offset: int, length: int, seed: int, block: int = 65536
@@ -216,11 +230,13 @@ class Replica(CheckpointedReplica):
         data_bytes: int = 0,
         *,
         continues: bool = False,
+        root: bytes | None = None,
     ) -> None:
         """Begin a pass towards `epoch`; one that was cut off is dropped and may be begun again.
 
         What a checkpoint noted of (`generation`, `epoch`) holds on, of any other it is forgotten.
-        With `continues` the pass is the one in `received`, which goes on.
+        With `continues` the pass is the one in `received` or `filled`, which goes on. With `root`
+        a chain begins, which the pass goes into, else into that of the point before it.
 
         `data_bytes` is about how much data it will have, if that is known.
 
@@ -237,11 +253,13 @@ class Replica(CheckpointedReplica):
         with self._dropping_if_full():
             with self._excluding():
                 self._require_not_promoted()
+                passed = TransferDigest(self.kept if continues else b"")
                 if not continues:
                     self._forget_pass()
             if not self._cloning and self._manifest.state == "following":
                 self._make_room_for(data_bytes)
-            if continues:
+            self._passed, self._base = passed, root
+            if continues and self._manifest.state != "filling":
                 self._go_on(generation)
             else:
                 self._begin(epoch, generation)
@@ -300,7 +318,10 @@ class Replica(CheckpointedReplica):
         check_epoch(epoch)
         with self._dropping_if_full(), self._at_rest(), self._excluding():
             self._require_changeable()
-            last = self._manifest
+            last, root = self._manifest, None
+            base = bytes.fromhex(last.root or "") if self._base is None else self._base
+            if base:
+                root = fold(base, generation, epoch, self._passed).hex()
             now = time.time() if now is None else now
             if not consistent and last.state != "filling":
                 # Invariant: the images at rest are always a state that the disks had.
@@ -317,7 +338,7 @@ class Replica(CheckpointedReplica):
                         if self._cloning:
                             points = preserve(self._files, self._directory, self._fds, points)
                         ref = self._receiving.seal(generation, epoch, now)
-                        ref = msgspec.structs.replace(ref, frozen=frozen)
+                        ref = msgspec.structs.replace(ref, frozen=frozen, root=root)
                 except JournalDamaged:
                     self._forget_pass()
                     raise
@@ -339,7 +360,12 @@ class Replica(CheckpointedReplica):
             self._filling = None
             if not consistent:
                 based = msgspec.structs.replace(
-                    last, generation=generation, epoch=epoch, applying=False, filled=None
+                    last,
+                    generation=generation,
+                    epoch=epoch,
+                    applying=False,
+                    filled=None,
+                    root=root,
                 )
                 self._record(based)
                 return
@@ -357,6 +383,7 @@ class Replica(CheckpointedReplica):
                         Point(last.next_point, generation, epoch, now, frozen=frozen),
                     ],
                     next_point=last.next_point + 1,
+                    root=root,
                 )
             )
 

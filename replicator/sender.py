@@ -16,6 +16,7 @@ from fusedisk.replicas import Sent
 from replicator import messages as m
 from replicator.batches import Batch, BatchReader, Unread
 from replicator.captured import SPILL_BYTES, CapturedSource, GivenUp, claim, unchanged
+from replicator.chain import Chain
 from replicator.compression import Compressor
 from replicator.freeze import Instant
 from replicator.lineage import holds_base
@@ -52,6 +53,7 @@ class Session(Questions):
         sent: Sent,
         rates: Rates | None = None,
         compressor: Compressor | None = None,
+        chain: Chain | None = None,
     ) -> None:
         super().__init__(link)
         self._source = source
@@ -66,6 +68,7 @@ class Session(Questions):
         self._pass_bytes = 0
         self.seed = secrets.randbits(63)
         self._digest = TransferDigest()
+        self.chain = chain or Chain()
         self.progress = progress
         self.committed: int | None = None
         self.closed_at: float | None = None
@@ -122,6 +125,7 @@ class Session(Questions):
         A target with a history that is not ours is compared by hash; nothing is believed.
         """
         self._instants_only = opened.state == "following"
+        as_sent = self.chain.meet(opened, self._source.record.generation)
         reached = opened.reached
         if opened.state == "new":
             self.cause = "the target has no replica of that name"
@@ -136,8 +140,12 @@ class Session(Questions):
                     f"replica {self._name} is ahead of its source; was an old copy of the state "
                     "directory put back? Remove the replica, or the state directory"
                 )
-            self.committed = opened.epoch
-            self._kept = remainder(self._source, opened)
+            if as_sent:
+                self.committed = opened.epoch
+                self._kept = remainder(self._source, opened)
+            else:
+                self.cause = "the replica is not what was sent (was a store put back?)"
+                await self._compare()
         elif await holds_base(self, self._source, opened):
             self.on_phase("comparing")
             self.committed = opened.epoch
@@ -282,7 +290,7 @@ class Session(Questions):
             starts[reached.disk] = reached.offset // m.HASH_BLOCK_BYTES * m.HASH_BLOCK_BYTES
         self.progress.begin("compare", [d.size for d in disks], starts)
         log.info("comparing %d bytes, because %s", sum(self.progress.left), self.cause)
-        await self._begin(epoch, "compare")
+        await self._begin(epoch, "compare", continues=reached is not None)
         asking = (
             (disk, offset, min(m.HASH_LENGTH_MAX, d.size - offset))
             for disk, d in enumerate(disks)
@@ -322,6 +330,7 @@ class Session(Questions):
     async def _say_reached(self, epoch: int, disk: int, offset: int) -> None:
         self._checkpointed_at = trio.current_time()
         reached = m.Reached(self._source.record.generation, epoch, disk, offset)
+        self.chain.checkpoint(self._digest.value())
         await self._link.send(m.Checkpoint(reached, self._digest.count, self._digest.value()))
 
     async def _close_epoch(self) -> int:
@@ -339,13 +348,15 @@ class Session(Questions):
     async def _begin(
         self, epoch: int, kind: str, data_bytes: int = 0, *, continues: bool = False
     ) -> None:
-        self._digest = TransferDigest()
+        self._digest, root = self.chain.begin(kind, continues=continues)
         self._unread = []
         self._pass_bytes = 0
         self._frozen = False
         self._checkpointed_at = trio.current_time()
         self._working_since = trio.current_time()
-        await self._link.send(m.Begin(epoch, kind, data_bytes, continues))  # type: ignore[arg-type]
+        await self._link.send(
+            m.Begin(epoch, kind, data_bytes, continues, root)  # type: ignore[arg-type]
+        )
 
     async def _commit(self, epoch: int, *, consistent: bool = True) -> None:
         # Invariant: an epoch is not committed while anything of it could not be read.
@@ -353,6 +364,7 @@ class Session(Questions):
         generation = self._source.record.generation
         begun = trio.current_time()
         digest = self._digest
+        self.chain.committing(generation, epoch, digest)
         await self._link.send(
             m.Commit(
                 *(generation, epoch, digest.count, digest.value(), consistent),
@@ -363,6 +375,7 @@ class Session(Questions):
         answer = await self._link.expect(m.Committed)
         if (answer.generation, answer.epoch) != (generation, epoch):
             raise m.RemoteProtocolError("peer committed another epoch")
+        self.chain.committed()
         self.committed = epoch
         self._rates.sent(0, trio.current_time() - self._working_since)
         self.commit_seconds = trio.current_time() - begun

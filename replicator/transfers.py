@@ -23,18 +23,20 @@ _ZEROS = bytes(ZERO_BLOCK_BYTES)
 class TransferDigest:
     """Count and digest of the transfers of one pass, the same at both ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: bytes = b"") -> None:
+        """``kept``: the digest of what the pass goes on from, if it was cut off before."""
         self.count = 0
-        self._hash = xxhash.xxh3_128()
+        self._hash = xxhash.xxh3_128(kept)
 
     def add(self, transfer: Data | Zero) -> None:
         """Take in one transfer, in the order of the wire."""
+        content = transfer.digest if isinstance(transfer, Data) else b""
+        self.take(transfer.disk, transfer.offset, transfer.length, content)
+
+    def take(self, disk: int, offset: int, length: int, content: bytes) -> None:
+        """The same, by its parts: the digest of its data, none for zeros."""
         self.count += 1
-        if isinstance(transfer, Data):
-            length, content = transfer.length, transfer.digest
-        else:
-            length, content = transfer.length, b""
-        self._hash.update(f"{transfer.disk} {transfer.offset} {length} ".encode() + content)
+        self._hash.update(f"{disk} {offset} {length} ".encode() + content)
 
     def value(self) -> bytes:
         """xxh3-128 of the pass so far."""

@@ -327,7 +327,11 @@ class _Tracing(logging.Handler):
         self._simulation = simulation
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._simulation.note(f"{record.name}: {record.getMessage()}")
+        said = record.getMessage()
+        self._simulation.note(f"{record.name}: {said}")
+        if "not what was sent" in said:
+            # No fault here puts an old store back.
+            raise Wrong("roots differ, though nobody changed what was stored")
 
 
 def _first_wrong(error: BaseException) -> BaseException | None:

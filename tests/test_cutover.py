@@ -122,6 +122,7 @@ def test_the_target_has_every_acknowledged_write_and_the_source_is_fenced(pair: 
     outcome = json.loads(result.stdout.splitlines()[-1])
     assert outcome["outcome"] == "promoted"
     assert outcome["downtime_ms"] < 10_000
+    assert outcome["root"] == "equal"
     assert pair.sender.wait(10) == 0
     assert refused == [30]  # EROFS
     assert pair.replica.read_bytes() == pair.image.read_bytes()

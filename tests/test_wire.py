@@ -24,6 +24,7 @@ ident = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 count = st.integers(0, m.OFFSET_MAX)
 u64, disk = st.integers(0, 2**64 - 1), st.integers(0, m.DISKS_MAX - 1)
 offset = st.integers(0, 2**62)
+digest = st.binary(min_size=16, max_size=16)
 
 
 @st.composite
@@ -68,10 +69,13 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
         st.booleans(),
         st.none() | reached,
         st.lists(reached, max_size=m.RECEIVED_MAX),
+        st.none() | digest,
+        st.none() | digest,
     ),
     m.Checkpoint: st.builds(m.Checkpoint, reached, count, st.binary(max_size=64)),
     m.Begin: st.builds(
-        m.Begin, count, st.sampled_from(["fill", "compare", "pass"]), count, st.booleans()
+        *(m.Begin, count, st.sampled_from(["fill", "compare", "pass"]), count, st.booleans()),
+        st.none() | digest,
     ),
     Data: st.one_of(
         st.builds(Data.of, disk, offset, st.binary(min_size=1, max_size=300)),
@@ -90,7 +94,7 @@ EVENTS: dict[type[Event], st.SearchStrategy[Any]] = {
     m.Hashes: hashes(),
     m.Commit: st.builds(m.Commit, ident, count, count, st.binary(max_size=64)),
     m.Committed: st.builds(m.Committed, ident, count),
-    m.Promote: st.builds(m.Promote, ident, count),
+    m.Promote: st.builds(m.Promote, ident, count, st.none() | digest),
     m.Promoted: st.builds(m.Promoted, ident, count),
     m.Abort: st.builds(m.Abort, ident),
     m.Aborted: st.builds(m.Aborted, ident),
@@ -459,6 +463,12 @@ def test_last_words_may_cross() -> None:
         (
             m.Ping(258),
             "46445731 11 00 0000 0a000000 00000000 614197299a8987ea 81a56e6f6e6365cd0102",
+        ),
+        (
+            m.Begin(3, "pass", 0, False, bytes(range(16))),
+            "46445731 05 00 0000 40000000 00000000 f27ce116d7d11ade"
+            "85a565706f636803a46b696e64a470617373aa646174615f627974657300a963"
+            "6f6e74696e756573c2a4726f6f74c410000102030405060708090a0b0c0d0e0f",
         ),
         (m.Bye(), "46445731 14 00 0000 01000000 00000000 84d0d8435d1f9730 80"),
     ],

@@ -54,8 +54,11 @@ def _event(kind: type[Event], noise: random.Random, offered: list[int]) -> Event
         m.Hello: m.Hello(offered, "replicate", noise.getrandbits(64)),
         m.Welcome: m.Welcome(offered[0]),
         m.Open: m.Open(name, name, name, name, 7, [m.DiskInfo(name, offset, 65536)]),
-        m.Opened: m.Opened(*("following", name, 7, None), received=[m.Reached(name, 8, 0, offset)]),
-        m.Begin: m.Begin(7, "pass", offset, True),
+        m.Opened: m.Opened(
+            *("following", name, 7, None, False, None, [m.Reached(name, 8, 0, offset)]),
+            *(noise.randbytes(16), noise.randbytes(16)),
+        ),
+        m.Begin: m.Begin(7, "pass", offset, True, noise.choice((None, noise.randbytes(16)))),
         Data: Data.of(
             noise.randrange(m.DISKS_MAX), offset, noise.randbytes(noise.randrange(1, 3000))
         ),
@@ -65,7 +68,7 @@ def _event(kind: type[Event], noise: random.Random, offered: list[int]) -> Event
         m.Commit: m.Commit(name, 7, 3, noise.randbytes(16)),
         m.Checkpoint: m.Checkpoint(m.Reached(name, 7, 0, offset), 3, noise.randbytes(16)),
         m.Committed: m.Committed(name, 7),
-        m.Promote: m.Promote(name, 7),
+        m.Promote: m.Promote(name, 7, noise.choice((None, noise.randbytes(16)))),
         m.Promoted: m.Promoted(name, 7),
         m.Abort: m.Abort(name),
         m.Aborted: m.Aborted(name),

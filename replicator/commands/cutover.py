@@ -169,7 +169,7 @@ class _Waiting:
                 told["after"] = (
                     f"nothing tells that --after was run: look, and run it by hand: {after}"
                 )
-            return {"outcome": "promoted", "predicted_ms": None, **told}
+            return {"outcome": "promoted", "predicted_ms": None, "root": "unknown", **told}
         return {
             "outcome": "unknown",
             **told,
