@@ -174,11 +174,11 @@ DROPPING = """
 from replicator.cli import main
 from replicator.replica import Replica
 write, dropped = Replica._write, []
-def forget(self, disk, offset, view, digest):
-    if view[:4] == b"lost" and not dropped:
-        dropped.append(offset)
-    else:
-        write(self, disk, offset, view, digest)
+def forget(self, pieces):
+    if not dropped:
+        dropped.extend(p for p in pieces if p.data[:4] == b"lost")
+        pieces = [p for p in pieces if p not in dropped]
+    write(self, pieces)
 Replica._write = forget
 main()
 """

@@ -56,7 +56,7 @@ def test_exec(pair: Pair) -> None:
     pair.address = f"exec:{receive_command(pair)}"
     sender = copy(pair)
     # The receiver's log is in ours.
-    assert "exec: " in sender.said and "replica r: new" in sender.said
+    assert "exec: " in sender.said and "replica r: filling" in sender.said
 
 
 def test_exec_through_other_commands(pair: Pair) -> None:
