@@ -68,7 +68,7 @@ def test_what_fails_after_a_failure_fails_like_it(tmp_path: Path, number: int, c
 def test_what_follows_a_damaged_journal_is_repaired_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(*_: object) -> None:
+    def damaged(*_: object, **__: object) -> None:
         raise JournalDamaged("a journal is damaged")
 
     with Store(tmp_path) as store, opened(store) as replica:
