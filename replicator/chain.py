@@ -54,6 +54,9 @@ class Chain:
             if bytes.fromhex(one.value) == opened.root:
                 self.root = one
                 return True
+        # Invariant: kept until all is compared and committed, so that a target which was found to
+        # be wrong is not believed by the next connection, or process.
+        self.root = known[0]
         return False
 
     def begin(self, kind: str, *, continues: bool) -> tuple[TransferDigest, bytes | None]:

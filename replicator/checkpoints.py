@@ -22,6 +22,13 @@ class CheckpointedReplica(DecidableReplica):
         return filled if filled is not None and filled.order == self._order() else None
 
     @property
+    def claims(self) -> list[Claim]:
+        """What is there beyond the epoch committed last, of a pass that was cut off."""
+        if (filled := self.filled) is not None and filled.based:
+            return [Claim(filled.epoch, filled.disk, filled.offset)]
+        return [] if self.received is None else self.received.claims
+
+    @property
     def received(self) -> Received | None:
         """What is kept of a pass after the first point that was cut off, until one is begun."""
         received = self._manifest.received
@@ -60,17 +67,48 @@ class CheckpointedReplica(DecidableReplica):
 
     def _checkpoint_fill(self, generation: str, at: Claim, passed: str | None) -> None:
         with self._sharing():
-            if self._manifest.state != "filling" or self._filling != at.epoch:
+            begun = self._filling
+            if not self._is_filled_by(generation, at.epoch):
                 return
             self._range(at.disk, at.offset, 0)
             # Invariant: what the manifest claims to be there is durable before it says so.
             self._sync_images()
         with self._excluding():
             # The pass may have ended meanwhile, or another one begun.
-            if self._manifest.state == "filling" and self._filling == at.epoch:
-                place = at.epoch, at.disk, at.offset
-                filled = Filled(generation, *place, self._order(), passed)
-                self._record(msgspec.structs.replace(self._manifest, filled=filled))
+            if self._filling == begun and self._is_filled_by(generation, at.epoch):
+                self._record(
+                    msgspec.structs.replace(
+                        self._manifest, filled=self._as_filled(generation, at, passed)
+                    )
+                )
+
+    def _is_filled_by(self, generation: str, epoch: int) -> bool:
+        """Whether the pass under way leads to the first point, from its base or to that epoch."""
+        if self._manifest.state != "filling" or self._filling is None:
+            return False
+        return generation == self._manifest.generation if self._based else epoch == self._filling
+
+    def _filled_for(
+        self, epoch: int, generation: str | None, *, based: bool, continues: bool
+    ) -> Filled | None:
+        """What holds on of the pass before while another one fills the images."""
+        filled = self._manifest.filled
+        if filled is None or filled.based != based:
+            return None
+        if based:
+            # A sequel touches nothing that was not written after the claim's epoch.
+            return filled if continues else None
+        return filled if (filled.generation, filled.epoch) == (generation, epoch) else None
+
+    def _as_filled(self, generation: str, at: Claim, passed: str | None) -> Filled:
+        before = self._manifest.filled
+        place = at.disk, at.offset
+        if self._based and before is not None and (before.disk, before.offset) > place:
+            # Each claim holds by itself; the one that reaches farther saves more.
+            at = Claim(before.epoch, before.disk, before.offset)
+        return Filled(
+            *(generation, at.epoch, at.disk, at.offset, self._order(), passed), based=self._based
+        )
 
     def _checkpoint_pass(self, generation: str, claim: Claim, passed: str | None) -> None:
         with self._sharing():

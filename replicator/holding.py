@@ -96,6 +96,7 @@ class HeldReplica:
         self._committed: JournalWriter | ClonePass | None = None
         self._published: ClonePass | None = None
         self._filling: int | None = None
+        self._based = False
         self._passed = TransferDigest()
         self._base: bytes | None = None
         self._dropped = 0

@@ -76,10 +76,11 @@ class JournalRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far the pass of (generation, epoch) came that was to lead to the first point.
+    """How far a pass of (generation, epoch) came that was to lead to the first point.
 
     All before byte `offset` of `order[disk]` is durable; `order` names the disks as sent, and
-    `digest` is that of the pass by then.
+    `digest` is that of the pass by then. With `based` the pass sends what changed since the base
+    that the manifest names, and it is a claim: see Claim.
     """
 
     generation: Text
@@ -88,6 +89,7 @@ class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: Annotated[int, msgspec.Meta(ge=0, le=_MAX_DISK_SIZE)]
     order: list[str]
     digest: Hex | None = None
+    based: bool = False
 
 
 class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -297,6 +299,9 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "a recovery point before the first point"
     if manifest.filled is not None and not (manifest.state == "filling" and manifest.applying):
         return "how far a fill came, where none is under way"
+    filled = manifest.filled
+    if filled is not None and filled.based and filled.generation != manifest.generation:
+        return "how far a pass came, where its base is not there"
     if manifest.state == "filling" and manifest.journal is not None:
         return "a journal before the first point"
     return None

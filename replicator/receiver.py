@@ -262,8 +262,14 @@ async def _work(
                     nursery.start_soon(_checkpoint, replica, *at, checkpointing)
             case m.Begin():
                 digest = TransferDigest(replica.kept if event.continues else b"")
-                begin = partial(replica.begin, continues=event.continues, root=event.root)
-                await trio.to_thread.run_sync(begin, event.epoch, generation, event.data_bytes)
+                begin = partial(
+                    replica.begin,
+                    *(event.epoch, generation, event.data_bytes),
+                    continues=event.continues,
+                    based=event.kind == "pass",
+                    root=event.root,
+                )
+                await trio.to_thread.run_sync(begin)
             case m.Commit():
                 _require_equal(event, digest)
                 await trio.to_thread.run_sync(_commit, replica, event)
@@ -355,14 +361,15 @@ async def _answer(link: Link, proof: DiskProof, nonce: int, answering: trio.Sema
 
 
 def _opened(replica: Replica) -> m.Opened:
-    manifest, filled, kept = replica.manifest, replica.filled, replica.received
+    manifest, filled = replica.manifest, replica.filled
     state = "new" if replica.status == "new" else manifest.state
     point = manifest.generation, manifest.epoch
     reached, received = None, []
-    if filled is not None:
+    if filled is not None and not filled.based:
         reached = m.Reached(filled.generation, filled.epoch, filled.disk, filled.offset)
-    if kept is not None:
-        received = [m.Reached(kept.generation, c.epoch, c.disk, c.offset) for c in kept.claims]
+    if manifest.generation is not None:
+        of = manifest.generation
+        received = [m.Reached(of, c.epoch, c.disk, c.offset) for c in replica.claims]
     return m.Opened(
         *(state, *point, manifest.token, manifest.applying, reached, received),
         root=bytes.fromhex(manifest.root or "") or None,

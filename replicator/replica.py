@@ -230,6 +230,7 @@ class Replica(CheckpointedReplica):
         data_bytes: int = 0,
         *,
         continues: bool = False,
+        based: bool = False,
         root: bytes | None = None,
     ) -> None:
         """Begin a pass towards `epoch`; one that was cut off is dropped and may be begun again.
@@ -237,6 +238,8 @@ class Replica(CheckpointedReplica):
         What a checkpoint noted of (`generation`, `epoch`) holds on, of any other it is forgotten.
         With `continues` the pass is the one in `received` or `filled`, which goes on. With `root`
         a chain begins, which the pass goes into, else into that of the point before it.
+
+        A pass that is `based` has what changed since the epoch committed last, and no more.
 
         `data_bytes` is about how much data it will have, if that is known.
 
@@ -262,22 +265,21 @@ class Replica(CheckpointedReplica):
             if continues and self._manifest.state != "filling":
                 self._go_on(generation)
             else:
-                self._begin(epoch, generation)
+                self._begin(epoch, generation, based=based, continues=continues)
 
-    def _begin(self, epoch: int, generation: str | None) -> None:
+    def _begin(self, epoch: int, generation: str | None, *, based: bool, continues: bool) -> None:
         with self._excluding():
             self._require_not_promoted()
             self._begun = True
             manifest = self._manifest
             if manifest.state == "filling":
-                filled = manifest.filled
+                based = based and generation is not None and generation == manifest.generation
                 # Invariant: before the images take anything of another pass, nothing is claimed
                 # any more of the one before.
-                if filled is not None and (filled.generation, filled.epoch) != (generation, epoch):
-                    filled = None
+                filled = self._filled_for(epoch, generation, based=based, continues=continues)
                 if not manifest.applying or filled != manifest.filled:
                     self._record(msgspec.structs.replace(manifest, applying=True, filled=filled))
-                self._filling = epoch
+                self._filling, self._based = epoch, based
                 return
             if self._cloning:
                 with clear_errors(f"cannot begin a pass for replica {self.name!r}"):

@@ -247,9 +247,9 @@ class Session(Questions):
     def _may_go_on(self) -> bool:
         """Whether what is sent is worth noting: marks alone say what the target then lacks.
 
-        Not so for repairs, which are sent whatever the marks say, nor before there is an instant.
+        Not so for repairs, which are sent whatever the marks say.
         """
-        return self._instants_only and not self.repairs
+        return not self.repairs
 
     async def _fill(self) -> None:
         await self.held()

@@ -16,7 +16,7 @@ from test_replication import CHUNK, Pair, guest_write
 from fusedisk.errors import FuseDiskError
 from replicator.failures import failure_code
 from replicator.files import Files
-from replicator.manifest import ReplicaDisk, read_manifest
+from replicator.manifest import Claim, ReplicaDisk, read_manifest
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -91,6 +91,45 @@ def test_a_fill_that_was_cut_off_goes_on(pair: Pair, what: str) -> None:
         assert manifest is not None and (manifest.state, manifest.filled) == ("following", None)
         assert pair.status()["cause"] is None
         pair.stop(again)
+
+
+def test_the_pass_after_a_fill_goes_on_too(pair: Pair) -> None:
+    """What a guest wrote during a long fill is as long to send."""
+    receiver = pair.receive()
+    with Proxy(pair.address, rate=RATE) as proxy:
+        direct, pair.address = pair.address, proxy.address
+        sender = pair.start()
+        wait_for(lambda: reached(pair) > 0, "the fill goes on")
+        noise = random.Random(6)
+        for offset in range(0, SIZE, 8 * MIB):
+            guest_write(pair.mount.disk(), noise.randbytes(8 * MIB), offset)
+        proxy.rate = None
+        wait_for(lambda: based(pair) is None and epoch(pair) is not None, "the fill is committed")
+        proxy.rate = RATE
+        wait_for(lambda: (based(pair) or 0) >= CUT, "a checkpoint of the pass is noted")
+        receiver.kill()
+        before = based(pair)
+        assert before is not None
+        guest_write(pair.mount.disk(), b"x" * CHUNK, 2 * CHUNK)
+        proxy.rate = None
+        pair.address = direct
+        pair.receive()
+        wait_for(lambda: "going on with a pass" in sender.said, "it goes on")
+        pair.wait_identical()
+        left = re.findall(r"about (\d+) bytes are left", sender.said)
+        assert int(left[0]) <= SIZE - before // CHUNK * CHUNK + CHUNK
+        pair.stop(sender)
+
+
+def based(pair: Pair) -> int | None:
+    manifest = read_manifest(pair.store / "r")
+    filled = None if manifest is None else manifest.filled
+    return filled.offset if filled is not None and filled.based else None
+
+
+def epoch(pair: Pair) -> int | None:
+    manifest = read_manifest(pair.store / "r")
+    return None if manifest is None else manifest.epoch
 
 
 def opened(store: Store, *names: str) -> Replica:
@@ -174,3 +213,29 @@ class FailingFiles(Files):
         if self.failing:
             raise OSError(errno.EIO, "Input/output error")
         super().sync(fd)
+
+
+def test_a_pass_from_a_base_keeps_its_farthest_claim(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        with opened(store, "a", "b") as replica:
+            replica.begin(1, "gen")
+            replica.commit("gen", 1, consistent=False)
+            replica.begin(2, "gen", based=True)
+            replica.checkpoint("another", 3, 1, 4096)
+            assert replica.claims == [], "marks of another history say nothing"
+            replica.checkpoint("gen", 3, 1, 4096)
+        with opened(store, "a", "b") as replica:
+            assert replica.claims == [Claim(3, 1, 4096)]
+            replica.begin(4, "gen", based=True, continues=True)
+            replica.checkpoint("gen", 5, 0, 4096, b"later")
+            assert replica.claims == [Claim(3, 1, 4096)], "it goes on from there"
+            assert replica.kept == b"later"
+            replica.checkpoint("gen", 5, 1, 4096)
+            assert replica.claims == [Claim(5, 1, 4096)]
+        for again in ({"based": True}, {"continues": True}):
+            with opened(store, "a", "b") as replica:
+                assert replica.claims
+                replica.begin(6, "gen", **again)
+                assert replica.claims == [], "the images take what is no sequel"
+                replica.begin(7, "gen", based=True)
+                replica.checkpoint("gen", 7, 1, 4096)
