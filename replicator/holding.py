@@ -96,6 +96,7 @@ class HeldReplica:
         self._committed: JournalWriter | ClonePass | None = None
         self._published: ClonePass | None = None
         self._filling: int | None = None
+        self._clearing: int | None = None
         self._based = False
         self._passed = TransferDigest()
         self._base: bytes | None = None
@@ -157,9 +158,14 @@ class HeldReplica:
             # Invariant: the images are durable at this point before the manifest says so, and
             # the manifest before the journal goes.
             self._record(applied(self._manifest, points))
-        assert manifest.journal is not None
-        with clear_errors(f"cannot remove the applied journal of replica {self.name!r}"):
-            self._clear_away(manifest.journal)
+            assert manifest.journal is not None
+            self._clearing = manifest.journal.slot
+        try:
+            with clear_errors(f"cannot remove the applied journal of replica {self.name!r}"):
+                self._clear_away(manifest.journal)
+        finally:
+            with self._condition:
+                self._clearing = None
 
     def _clear_away(self, applied: JournalRef) -> None:
         """What is left of a pass that was applied. Raises OSError."""

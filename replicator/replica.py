@@ -288,10 +288,10 @@ class Replica(CheckpointedReplica):
                 return
             generation, last = manifest.committed
             header = JournalHeader(uuid.uuid4().hex, manifest.source_id, generation, last, epoch)
-            # Invariant: the slot of a committed journal is not touched before it is applied.
-            (slot, *_) = (
-                s for s in SLOTS if manifest.journal is None or s != manifest.journal.slot
-            )
+            # Invariant: the slot of a committed journal is not touched before it is applied, and
+            # removed: the pass would lose its file by that.
+            taken = {manifest.journal.slot} if manifest.journal else {self._clearing}
+            (slot, *_) = (s for s in SLOTS if s not in taken)
             with clear_errors(f"cannot begin a journal for replica {self.name!r}"):
                 self._receiving = JournalWriter(self._files, self._directory, slot, header)
 

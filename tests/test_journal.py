@@ -361,6 +361,38 @@ def test_next_pass_is_received_while_one_is_applied(tmp_path: Path) -> None:
     assert images(tmp_path) == [AFTER[0], b"3" * 4096]
 
 
+def test_a_pass_begun_while_the_one_before_is_cleared_away_keeps_its_journal(
+    tmp_path: Path,
+) -> None:
+    files = Clearing()
+    with Store(tmp_path, files) as store, opened(store) as replica:
+        fill(replica)
+        second(replica)
+
+        def begin() -> None:
+            replica.begin(3)
+            replica.write(1, 0, b"3" * 4096)
+
+        files.meanwhile = begin
+        replica.apply()
+        assert files.meanwhile is None
+        replica.commit("gen", 3)
+        replica.apply()
+    assert images(tmp_path) == [AFTER[0], b"3" * 4096]
+
+
+class Clearing(Files):
+    """Does something between the record that a journal is applied and its removal."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def unlink(self, path: Path) -> None:
+        if path.parent.name == "journal" and self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        super().unlink(path)
+
+
 def test_apply_that_failed_is_done_again(tmp_path: Path) -> None:
     files = Faulty()
 
