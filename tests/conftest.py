@@ -20,6 +20,11 @@ WAIT_SECONDS = 60.0
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: one that came last would be waited for by a worker with nothing to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def unavailable(reason: str) -> None:
     """Skip; where FUSE is required (FUSEDISK_REQUIRE_FUSE=1) fail, so that nothing hides."""
     if os.environ.get("FUSEDISK_REQUIRE_FUSE") == "1":
@@ -193,5 +198,6 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     yield attach
     for device in attached:
-        subprocess.run(["losetup", "--detach", device], check=True)
+        # Before it is detached: the fence follows what is attached, and that soon is another test's.
         clear_fence([Path(device)])
+        subprocess.run(["losetup", "--detach", device], check=True)

@@ -201,9 +201,10 @@ def test_a_keeper_told_to_stop_while_it_mounts_unmounts_in_order(
 
 @root_only
 def test_owner_and_mode_are_seen_and_enforced(
-    fuse: MakeMount, image: Path, open_tmp_path: Path
+    open_folder: Path, fuse: MakeMount, image: Path
 ) -> None:
     mount = fuse(image)
+    mount.mountpoint = open_folder
     mount.mount("--uid", "1234", "--gid", "4321", "--mode", "640", "--allow-other")
     for path, kind in ((mount.disk(), 0o100640), (mount.mountpoint, 0o040750)):
         status = path.stat()
@@ -224,9 +225,10 @@ def test_owner_and_mode_are_seen_and_enforced(
 
 @root_only
 def test_without_allow_other_only_the_mounting_user_gets_in(
-    fuse: MakeMount, image: Path, open_tmp_path: Path
+    open_folder: Path, fuse: MakeMount, image: Path
 ) -> None:
     mount = fuse(image)
+    mount.mountpoint = open_folder
     mount.mount("--uid", str(NOBODY), "--mode", "666")
     assert as_other(lambda: mount.disk().stat()) == errno.EACCES
     assert as_other(lambda: os.listdir(mount.mountpoint)) == errno.EACCES
@@ -249,25 +251,24 @@ def test_nonsense_owner_and_mode(
 
 
 @pytest.fixture
-def open_tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """tmp_path, with its parents passable by everybody; modes are restored."""
-    changed = []
-    for folder in (tmp_path, *tmp_path.parents):
-        mode = folder.stat().st_mode
-        if not mode & 0o001:
-            changed.append((folder, mode))
-            folder.chmod(mode | 0o011)
-    yield tmp_path
-    for folder, mode in changed:
-        folder.chmod(mode)
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody gets to, as nobody but us does to tmp_path."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 # Arguments: a scratch directory, a device node, then pairs of a directory that must stay reachable
 # and its parent that other users cannot pass, which is hidden behind an empty one.
-NAMESPACE = """
+NAMESPACE = r"""
 set -e
 scratch=$1 node=$2
 shift 2
+# What other tests have mounted just now would stay mounted here when they let go of it.
+for device in $(sed -n 's,^\(/dev/loop[0-9]*\) .*,\1,p' /proc/self/mounts); do
+    umount --lazy "$device"
+done
+umount --all --lazy --types fuse.fusedisk,fuse.fusedisk-point
 mount --bind "$node" /dev/fuse
 number=0
 while [ $# -gt 0 ]; do
@@ -331,15 +332,13 @@ class Somebody:
 
 
 @pytest.fixture
-def somebody() -> Iterator[Callable[..., Somebody]]:
+def somebody(open_folder: Path) -> Iterator[Callable[..., Somebody]]:
     if os.getuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("becomes another user, and needs /dev/fuse")
     for name in ("unshare", "nsenter", "setpriv"):
         if shutil.which(name) is None:
             pytest.skip(f"{name} is not installed")
-    base = Path(tempfile.mkdtemp())
-    base.chmod(0o755)
-    home = base / "home"
+    home = open_folder / "home"
     home.mkdir()
     os.chown(home, NOBODY, NOBODY)
     made: list[Somebody] = []
@@ -353,7 +352,6 @@ def somebody() -> Iterator[Callable[..., Somebody]]:
     yield make
     for user in made:
         user.end()
-    shutil.rmtree(base)
 
 
 def test_a_user_who_is_not_root(somebody: Callable[..., Somebody]) -> None:

@@ -3,19 +3,25 @@
 import tempfile
 from pathlib import Path
 
+import pytest
 from session_simulation import SessionSimulation
 
 SHARED_MEMORY = Path("/dev/shm")
-SEEDS = 150
+# In parts for the workers to share.
+PARTS = 2
+SEEDS_PER_PART = 150
 
 
-def test_promises_hold_through_faults() -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(PARTS))
+def test_promises_hold_through_faults(part: int) -> None:
     faults = checks = 0
     where = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    for seed in range(1, SEEDS + 1):
+    first = 1 + part * SEEDS_PER_PART
+    for seed in range(first, first + SEEDS_PER_PART):
         with tempfile.TemporaryDirectory(dir=where) as scratch:
             simulation = SessionSimulation(Path(scratch), seed)
             simulation.run()
         faults += simulation.faults
         checks += simulation.checks
-    assert faults > 3 * SEEDS and checks > 10 * SEEDS
+    assert faults > 3 * SEEDS_PER_PART and checks > 10 * SEEDS_PER_PART

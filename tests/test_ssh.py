@@ -21,16 +21,15 @@ SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ["PATH
 class SshServer:
     """An sshd of our own, on the loopback, and a wrapper that lets ssh know nothing else."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, port: int) -> None:
         assert SSHD is not None
+        self.port = port
         directory.mkdir(mode=0o700)
         self.directory = directory
         for name in ("host", "user"):
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)]
             subprocess.run(command, check=True)
         shutil.copy(directory / "user.pub", directory / "authorized_keys")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
         (directory / "sshd_config").write_text(
             f"ListenAddress 127.0.0.1:{self.port}\n"
             f"HostKey {directory}/host\n"
@@ -82,12 +81,16 @@ class SshServer:
 def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshServer]:
     if SSHD is None or shutil.which("ssh") is None or os.getuid() != 0:
         unavailable("sshd is missing, or we are not root")
-    server = SshServer(tmp_path / "ssh")
-    monkeypatch.setenv("PATH", f"{server.bin}:{os.environ['PATH']}")
-    try:
-        yield server
-    finally:
-        server.stop()
+    with socket.socket() as reserved:
+        # Bound and not listening, it keeps the port from everybody but who says that it may be used.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        server = SshServer(tmp_path / "ssh", reserved.getsockname()[1])
+        monkeypatch.setenv("PATH", f"{server.bin}:{os.environ['PATH']}")
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 def use_ssh(pair: Pair, sshd: SshServer) -> tuple[str, str]:
