@@ -198,6 +198,6 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     yield attach
     for device in attached:
-        # Before it is detached: the fence follows what is attached, and that soon is another test's.
+        # First: a fence follows what is attached, and soon that may be of another test.
         clear_fence([Path(device)])
         subprocess.run(["losetup", "--detach", device], check=True)

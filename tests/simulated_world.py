@@ -30,6 +30,7 @@ class World:
     """What there is, in the empty directory ``scratch``; all goes by ``seed``."""
 
     link_timeout_seconds = 10.0
+    once = False
 
     def __init__(self, scratch: Path, seed: int) -> None:
         self.seed = seed
@@ -113,6 +114,7 @@ class World:
             source = Source(self.mount.mountpoint)
         settings = SenderSettings(
             rpo_seconds=self._rpo,
+            once=self.once,
             spill_bytes=self._spill_bytes,
             silence_seconds_max=self.link_timeout_seconds,
         )

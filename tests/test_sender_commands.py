@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from conftest import Mount, fusedisk, wait_for
+from session_checks import Wrong
+from simulated_process import Process, run
+from simulated_world import World
 from test_replication import CHUNK, REPLICATOR, Pair, guest_write
 
 MIB = 1 << 20
@@ -245,14 +249,28 @@ def test_unmount_says_what_a_replica_lacks(pair: Pair) -> None:
     assert result.stdout == f"replica r lacks {CHUNK} bytes; the next start goes on from there\n"
 
 
-def test_once_gives_up_on_a_target_that_cannot_be_reached(pair: Pair) -> None:
+def test_once_waits_for_a_target_that_cannot_be_reached(pair: Pair) -> None:
     pair.address = f"unix://{pair.tmp_path}/nobody"
     sender = pair.start("--once")
     wait_for(lambda: "trying again" in sender.said, "it tried")
     entry = pair.status()
     assert entry["state"] == "waiting" and "trying again in" in entry["error"]
-    assert sender.popen.wait(timeout=60) == 1
-    assert "is there a receiver at" in sender.said.splitlines()[-1]
+    assert sender.popen.poll() is None
+
+
+def test_once_gives_up_on_a_target_that_cannot_be_reached(tmp_path: Path) -> None:
+    """Under the virtual clock: it takes half a minute."""
+    world = World(tmp_path, 1)
+    world.once = True
+
+    async def gives_up() -> None:
+        world.begin()
+        began = trio.current_time()
+        with pytest.raises(Wrong, match="tried for 30 s, is there a receiver at"):
+            await Process("sender", world.threads).run(world._send)
+        assert 30 <= trio.current_time() - began < 40
+
+    run(1, gives_up)
 
 
 def on_terminal(*words: str | Path) -> tuple[subprocess.Popen[bytes], Callable[[], str]]:

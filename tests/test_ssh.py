@@ -82,7 +82,7 @@ def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshServer]
     if SSHD is None or shutil.which("ssh") is None or os.getuid() != 0:
         unavailable("sshd is missing, or we are not root")
     with socket.socket() as reserved:
-        # Bound and not listening, it keeps the port from everybody but who says that it may be used.
+        # Bound and not listening, it keeps the port from everybody who asks for any.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         server = SshServer(tmp_path / "ssh", reserved.getsockname()[1])
