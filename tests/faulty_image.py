@@ -74,7 +74,7 @@ class FaultyImage:
                 # Its end ends the connection, and then nothing is busy any more.
                 process.kill()
                 keeper.unmount(str(self.path), lazy=True)
-            process.wait(20)
+            process.wait(60)
 
 
 class _Server:

@@ -44,7 +44,7 @@ class FrameProxy:
         self._listener.close()
         self.cut()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
     def cut(self) -> None:

@@ -71,13 +71,13 @@ class Move:
 
     def go_home(self, home: Callable[..., Mount]) -> RecordingGuest:
         """After the move: let the old images follow, and move the guest back to them."""
-        assert self.sender.wait(20) == 0
+        assert self.sender.wait(60) == 0
         self.source.close()
         self.mount.unmount()
         store = self.folder / "home-store"
         store.mkdir()
         adopted = self._run("adopt.log", "adopt", store / "r", *self.mount.images)
-        assert adopted.wait(20) == 0, self.log("adopt.log")
+        assert adopted.wait(60) == 0, self.log("adopt.log")
         address = f"unix://{self.folder / 'h'}"
         self._run("receive-home.log", "receive", "--store", store, address)
         wait_for((self.folder / "h").exists, "the receiver listens")

@@ -128,4 +128,4 @@ class Session:
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
-            self._psql.communicate(timeout=30)
+            self._psql.communicate(timeout=60)

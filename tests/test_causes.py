@@ -21,7 +21,7 @@ def whole(pair: Pair, *options: str) -> tuple[Process, dict[str, object]]:
 
 def shown(pair: Pair) -> str:
     words = [REPLICATOR, "status", str(pair.mount.mountpoint)]
-    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def test_a_fill_and_a_comparison_say_why(pair: Pair) -> None:

@@ -177,7 +177,7 @@ def test_killed_while_flushing(mounted: Mount) -> None:
         kill_server(mounted)
     stop.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert errors == []
 
 
@@ -214,7 +214,7 @@ def test_held_writes_stay_held_by_the_next_server(mounted: Mount, outcome: str) 
     finally:
         # Whoever holds the lease no more has no say over the gate: the server opens it.
         os.close(lease)
-        writer.join(20)
+        writer.join(60)
         control.close()
         os.close(direct)
         os.close(fd)

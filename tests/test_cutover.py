@@ -123,7 +123,7 @@ def test_the_target_has_every_acknowledged_write_and_the_source_is_fenced(pair: 
     assert outcome["outcome"] == "promoted"
     assert outcome["downtime_ms"] < 10_000
     assert outcome["root"] == "equal"
-    assert pair.sender.wait(10) == 0
+    assert pair.sender.wait(60) == 0
     assert refused == [30]  # EROFS
     assert pair.replica.read_bytes() == pair.image.read_bytes()
     last = acknowledged[-1]
@@ -224,7 +224,7 @@ def test_a_killed_sender_opens_its_gate(pair: Pair):
     assert writer.is_alive()
     holder.kill()
     holder.wait()
-    writer.join(10)
+    writer.join(60)
     assert not writer.is_alive()
     assert pair.image.read_bytes()[:4] == b"held"
 

@@ -133,7 +133,7 @@ def test_one_side_is_the_disk_whatever_dies(watched: Watched, victim: str, step:
     hooks = ("--before", f"touch {paused}", "--on-rollback", f"rm {paused}")
     command = ["replicator", "cutover", "--json", "--max-downtime", "10000", *hooks]
     result = run(*command, pair.mountpoint, check=False)
-    restart.join(20)
+    restart.join(60)
     assert watched.struck.is_set(), result.stderr
     if victim == "sender" and step in (m.Promote, m.Promoted):
         assert result.returncode == 4, result.stderr

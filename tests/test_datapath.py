@@ -355,7 +355,7 @@ def test_a_refusal_is_for_what_came_before_the_question(kernel: Kernel) -> None:
     kernel.check_lease = standing_by
     kernel.control.set_gate(True)
     early = kernel.send(WRITE, 2, write_request(0, b"early"))
-    assert promoted.wait(30)
+    assert promoted.wait(60)
 
     def answered() -> bool:
         kernel.receive()

@@ -230,7 +230,7 @@ class World:
             writer.stop()
         for writer in self.writers:
             if writer.is_alive():
-                writer.join(20)
+                writer.join(60)
         for process in (self.sender, self.receiver):
             if process is not None:
                 process.kill()
@@ -310,11 +310,11 @@ def cut_over(world: World) -> None:
     outcome = json.loads(result.stdout.splitlines()[-1])
     assert outcome["outcome"] == "promoted"
     for writer, before in zip(world.writers, acknowledged, strict=True):
-        writer.join(20)
+        writer.join(60)
         assert not writer.is_alive()
         assert writer.refused == 30  # EROFS
         assert writer.acknowledged > before, "no write was acknowledged during the cutover"
-    assert world.sender is not None and world.sender.wait(20) == 0, world.logs()
+    assert world.sender is not None and world.sender.wait(60) == 0, world.logs()
     assert world.listed()["state"] == "promoted"
 
 

@@ -119,7 +119,7 @@ def points(pair: Pair) -> list[int]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=60,
     )
     return [point["id"] for point in json.loads(result.stdout)["points"]]
 
@@ -179,7 +179,7 @@ def test_a_full_spill_costs_another_round_and_never_a_mixture(pair: Pair) -> Non
             capture_output=True,
             text=True,
             check=True,
-            timeout=30,
+            timeout=60,
         ).stdout
         assert "captures given up: the spill is full" in text and "spill" in text
     wait_for(lambda: pair.status()["lag"]["chunks"] == 0, "it is caught up", 60)

@@ -346,16 +346,16 @@ def test_next_pass_is_received_while_one_is_applied(tmp_path: Path) -> None:
         def hold(operation: str) -> None:
             if operation == "write" and threading.current_thread() is thread:
                 applying.set()
-                assert received.wait(20)
+                assert received.wait(60)
 
         thread = threading.Thread(target=replica.apply)
         files.fault = hold
         thread.start()
-        assert applying.wait(20)
+        assert applying.wait(60)
         replica.begin(3)
         replica.write(1, 0, b"3" * 4096)
         received.set()
-        thread.join(20)
+        thread.join(60)
         replica.commit("gen", 3)
         replica.apply()
     assert images(tmp_path) == [AFTER[0], b"3" * 4096]

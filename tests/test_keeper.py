@@ -138,7 +138,7 @@ def test_a_server_makes_room_once_its_checkpoint_is_done(
         assert mount.server() == before
     finally:
         syncs.release()
-    writer.join(30)
+    writer.join(60)
     wait_for(lambda: mount.status()["server"]["restarts"] == 1, "another server begins")
     assert "WARNING" not in (mount.state / "keeper.log").read_text()
 

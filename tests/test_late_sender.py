@@ -175,7 +175,7 @@ class Monitor:
     def close(self) -> None:
         self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def _serve(self) -> None:
         version = {"qemu": {"major": 8, "minor": 0, "micro": 0}, "package": ""}
@@ -242,7 +242,7 @@ def test_a_sender_stopped_with_promote_sent_lets_writes_fail(late: Late) -> None
     late.go_on()
     said, errors = cutover.communicate(timeout=60)
     assert json.loads(said)["outcome"] == "promoted", errors
-    assert late.pair.sender.wait(20) == 0
+    assert late.pair.sender.wait(60) == 0
     assert "nothing to resolve" in run("replicator", "resolve", late.pair.mountpoint).stdout
     assert late.promoted() and not late.source_writable()
     assert late.missing(late.pair.replica) == []
@@ -291,4 +291,4 @@ def test_a_child_takes_silence_for_death_and_a_beat_for_no_request() -> None:
         assert json.loads(child.stdout.readline()) == {"id": 1, "done": {}}
         # The pipe stays open, as of a sender that is stopped.
         assert child.stdout.readline() == "abandoned\n"
-        assert child.wait(20) == 0
+        assert child.wait(60) == 0

@@ -398,7 +398,7 @@ def test_image_that_qemu_has_open_is_refused(fuse: MakeMount, image: Path) -> No
         assert_one_line(mount.try_mount(), "in use")
         assert not mount.mounted
     finally:
-        qemu.communicate(timeout=20)
+        qemu.communicate(timeout=60)
     assert mount.mount() == ""
 
 

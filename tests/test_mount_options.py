@@ -86,7 +86,7 @@ def test_foreground_stays_and_unmounts_cleanly_at_a_signal(
     assert command.poll() is None
     # As Ctrl-C does it: to the whole process group.
     os.killpg(command.pid, number)
-    assert command.communicate(timeout=20) == (b"", b"")
+    assert command.communicate(timeout=60) == (b"", b"")
     assert command.returncode == 0
     assert not mount.mounted
     assert (mount.state / "clean.json").exists()
@@ -99,7 +99,7 @@ def test_foreground_ends_when_unmounted(fuse: MakeMount, image: Path) -> None:
     command = start(mount, "-f")
     wait_for(lambda: usable(mount), "it is mounted")
     mount.unmount()
-    assert command.communicate(timeout=20) == (b"", b"")
+    assert command.communicate(timeout=60) == (b"", b"")
     assert command.returncode == 0
 
 
@@ -113,7 +113,7 @@ def test_foreground_says_at_once_that_the_map_is_not_trusted(fuse: MakeMount, im
     assert b"not trusted" in command.stderr.readline()
     assert usable(mount)
     mount.unmount()
-    command.communicate(timeout=20)
+    command.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("foreground", [True, False])
@@ -124,7 +124,7 @@ def test_a_busy_mount_survives_sigterm_and_says_so(
     command = start(mount, *["-f"] * foreground)
     wait_for(lambda: usable(mount), "it is mounted")
     if not foreground:
-        command.communicate(timeout=20)
+        command.communicate(timeout=60)
     (keeper,) = processes("fusedisk.keeper", mount.state)
     told = command.pid if foreground else keeper
     with mount.disk().open("r+b", buffering=0) as file:
@@ -135,7 +135,7 @@ def test_a_busy_mount_survives_sigterm_and_says_so(
     os.kill(told, signal.SIGTERM)
     mount.wait_ended()
     if foreground:
-        command.communicate(timeout=20)
+        command.communicate(timeout=60)
         assert command.returncode == 0
     assert not mount.mounted
     assert image.read_bytes().startswith(b"still served")
@@ -162,7 +162,7 @@ def test_interrupted_mount_leaves_nothing_mounted(
     wait_for(lambda: reached[delay_steps]() or command.poll() is not None, "the phase is reached")
     if command.poll() is None:
         os.killpg(command.pid, number)
-    _, errors = command.communicate(timeout=20)
+    _, errors = command.communicate(timeout=60)
     assert b"Traceback" not in errors
     if command.returncode == 0:
         mount.unmount()
@@ -328,7 +328,7 @@ class Somebody:
     def end(self) -> None:
         for pid in processes("fusedisk.server", self.home / "disk.img.fusedisk"):
             os.kill(pid, signal.SIGKILL)
-        self._holder.communicate(timeout=20)
+        self._holder.communicate(timeout=60)
 
 
 @pytest.fixture
@@ -596,6 +596,6 @@ def test_loop_device_with_clean_remount(
     assert refused(lambda: os.open(mount.images[0], os.O_RDWR | os.O_EXCL)) == errno.EBUSY
     pwrite(mount.disk(), b"b" * 4096, 3 * CHUNK)
     command.send_signal(signal.SIGTERM)
-    command.communicate(timeout=20)
+    command.communicate(timeout=60)
     assert mount.mount() == ""
     assert mount.changed() == [1]

@@ -186,7 +186,7 @@ async def test_a_move_is_taken_back(source: RecordingGuest, guests: Start, tmp_p
             assert guest.memory is not None and guest.memory["total"] > 1 << 27
             raise FuseDiskError("the link broke")
     assert source.status == "running"
-    target.popen.wait(20)
+    target.popen.wait(60)
     assert target.records == []
     source.wait_for_records(2)
 

@@ -39,7 +39,7 @@ class Process:
         return self.log.read_text()
 
     def wait(self) -> int:
-        return self.popen.wait(timeout=30)
+        return self.popen.wait(timeout=60)
 
     def kill(self) -> None:
         self.popen.kill()
@@ -119,7 +119,7 @@ class Pair:
             capture_output=True,
             text=True,
             check=True,
-            timeout=30,
+            timeout=60,
         )
         (found,) = json.loads(result.stdout)["replicas"]
         assert isinstance(found, dict)
@@ -309,5 +309,5 @@ def test_peer_that_is_no_receiver_is_named(pair: Pair) -> None:
         thread.start()
         pair.address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         pair.refused(pair.start("--once"), pair.address)
-        thread.join(timeout=20)
+        thread.join(timeout=60)
         assert not thread.is_alive()

@@ -306,7 +306,7 @@ def test_a_bar_on_a_terminal(pair: Pair) -> None:
         wait_for(lambda: "left" in drawn(), "the bar says how long it takes")
         for part in ("filling", "disk0.img", "disk1.img", "all", "━", "iB/s", "\x1b["):
             assert part in drawn()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         wait_for(lambda: "up to date at epoch" in drawn(), "the end is shown")
     finally:
         process.kill()
@@ -320,7 +320,7 @@ def test_watch_until_ctrl_c(pair: Pair) -> None:
     try:
         wait_for(lambda: "up to date at epoch" in drawn(), "the replica is shown")
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert "Traceback" not in drawn()
     finally:
         process.kill()

@@ -174,4 +174,4 @@ def test_the_guest_of_a_killed_sender_is_free(pair: Pair) -> None:
             before = guest.written
             wait_for(lambda: guest.written > before + 200, "the guest is free")
         finally:
-            command.wait(20)
+            command.wait(60)

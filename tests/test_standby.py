@@ -110,7 +110,7 @@ def test_a_promotion_that_cannot_be_noted_yet_is_a_pause(pair: Pair, standing: M
     writer.join(0.5)
     assert writer.is_alive() and standing.status()["standby"]
     in_the_way.rmdir()
-    writer.join(20)
+    writer.join(60)
     assert not writer.is_alive() and failures == []
     assert not standing.status()["standby"]
     assert standing.disk(0).read_bytes()[3 * CHUNK :].startswith(b"the guest goes on")

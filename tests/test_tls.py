@@ -91,7 +91,7 @@ def test_tls_client_without_a_certificate_learns_nothing(pair: Pair) -> None:
         ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_3", "-ign_eof"],
         input=b"FDW1",
         capture_output=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert b"alert certificate required" in openssl.stderr
@@ -121,7 +121,7 @@ def test_tls_1_2_is_refused(pair: Pair) -> None:
         ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_2", "-cert", *files],
         input=b"",
         capture_output=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert b"alert protocol version" in openssl.stderr
@@ -133,7 +133,7 @@ def test_tls_1_2_is_refused(pair: Pair) -> None:
 def test_keys_are_private_and_never_overwritten(tmp_path: Path) -> None:
     def keys(*hosts: str) -> subprocess.CompletedProcess[str]:
         command = [REPLICATOR, "keys", str(tmp_path / "keys"), *hosts]
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     made = keys("a.example", "192.0.2.7")
     assert made.returncode == 0, made.stderr

@@ -97,12 +97,12 @@ def test_fd_of_a_connected_socket_at_both_ends(pair: Pair) -> None:
             address = f"fd:{ours.fileno()}"
             command = [REPLICATOR, "start", "--name", "r", "--once", mountpoint, address]
             sender = subprocess.run(
-                command, pass_fds=[ours.fileno()], capture_output=True, timeout=30, check=False
+                command, pass_fds=[ours.fileno()], capture_output=True, timeout=60, check=False
             )
             assert sender.returncode == 0, sender.stderr
             theirs.close()
             ours.close()
-            assert receiver.wait(timeout=20) == 0
+            assert receiver.wait(timeout=60) == 0
             assert receiver.stdout is not None and receiver.stdout.read() == b""
         finally:
             receiver.kill()

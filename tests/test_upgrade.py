@@ -75,7 +75,7 @@ def test_upgrade_while_the_gate_is_closed(mounted: Mount) -> None:
         control.close()
         os.close(lease)
         for writer in writers:
-            writer.join(20)
+            writer.join(60)
         os.close(fd)
     assert written == [5] * 20
 
@@ -86,7 +86,7 @@ def test_unmount_beside_upgrade(mounted: Mount) -> None:
         upgrade = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             mounted.unmount()
-            _, said = upgrade.communicate(timeout=30)
+            _, said = upgrade.communicate(timeout=60)
         finally:
             upgrade.kill()
             upgrade.wait()

@@ -248,7 +248,7 @@ def test_a_lost_receiver_ends_verify_and_not_the_sender(pair: Verified) -> None:
     sender = pair.follow()
     client = pair.hold(sender)
     receiver.kill()
-    _, said = client.communicate(timeout=30)
+    _, said = client.communicate(timeout=60)
     assert client.returncode == 1 and len(said.splitlines()) == 1
     assert "verify again" in said
     assert sender.popen.poll() is None
@@ -263,7 +263,7 @@ def test_a_sender_that_ends_is_named(pair: Verified) -> None:
     sender = pair.follow()
     client = pair.hold(sender)
     pair.stop(sender)
-    _, said = client.communicate(timeout=30)
+    _, said = client.communicate(timeout=60)
     assert client.returncode == 1
     assert "ended before it answered" in said
 

@@ -59,7 +59,7 @@ class Load:
         for writer in self.writers:
             writer.stop()
         for writer in self.writers:
-            writer.join(30)
+            writer.join(60)
 
     def end(self) -> None:
         self.stop()
