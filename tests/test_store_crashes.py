@@ -11,7 +11,7 @@ SHARED_MEMORY = Path("/dev/shm")
 def test_crash_at_every_operation() -> None:
     crashes = continued = 0
     where = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    with tempfile.TemporaryDirectory(dir=where) as scratch:
+    with tempfile.TemporaryDirectory(prefix="fusedisk", dir=where) as scratch:
         for seed in range(1, 13):
             simulation = Simulation(Path(scratch), seed)
             simulation.run()
