@@ -266,6 +266,7 @@ def make_world(
         world.close()
 
 
+@pytest.mark.long
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + ROUNDS))
 def test_nothing_acknowledged_is_lost(make_world: Callable[[int], World], seed: int) -> None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Mount
 from database_points import (
     POINTS,
@@ -37,6 +38,7 @@ def note(base: Path, number: int) -> None:
         os.close(fd)
 
 
+@pytest.mark.long
 def test_every_point_is_a_state_of_both_disks(tmp_path: Path, fuse: Callable[..., Mount]) -> None:
     programs()
     mount = fuse(tmp_path / "0data.img", tmp_path / "1log.img")

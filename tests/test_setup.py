@@ -120,6 +120,7 @@ def test_what_the_package_is_made_of_changed(
     assert (checkout / ".venv/.stamp").read_text() == before
 
 
+@pytest.mark.long
 def test_the_package_installs_without_the_checkout(tmp_path: Path) -> None:
     source, wheels, home = tmp_path / "source", tmp_path / "wheels", tmp_path / "venv"
     # A copy, since a build leaves files beside what it builds.
