@@ -140,7 +140,7 @@ def test_the_package_installs_without_the_checkout(tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert result.returncode == 0, result.stderr
