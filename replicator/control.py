@@ -18,6 +18,8 @@ from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.replicas import replica_names
 from replicator.cutover import CutoverOptions
 from replicator.following import Follower
+from replicator.handover import outcome_of
+from replicator.reporting import report
 from replicator.settings import Changes
 from replicator.verify import VerifyOptions
 
@@ -86,22 +88,22 @@ async def _read_request(stream: trio.SocketStream) -> tuple[str, bytes]:
 
 
 async def _status(follower: Follower, _: bytes) -> dict[str, Any]:
-    return await follower.report()
+    return await report(follower)
 
 
 async def _pause(follower: Follower, _: bytes) -> dict[str, Any]:
     follower.pause(True)
-    return await follower.report()
+    return await report(follower)
 
 
 async def _resume(follower: Follower, _: bytes) -> dict[str, Any]:
     follower.pause(False)
-    return await follower.report()
+    return await report(follower)
 
 
 async def _set(follower: Follower, rest: bytes) -> dict[str, Any]:
     follower.change(_decode(rest, Changes))
-    return await follower.report()
+    return await report(follower)
 
 
 async def _cutover(follower: Follower, rest: bytes) -> dict[str, Any]:
@@ -109,7 +111,7 @@ async def _cutover(follower: Follower, rest: bytes) -> dict[str, Any]:
         return await follower.cut_over(_decode(rest, CutoverOptions))
     except FuseDiskError as error:
         return {
-            "outcome": await follower.outcome_of(error),
+            "outcome": await trio.to_thread.run_sync(outcome_of, follower.source, error),
             "downtime_ms": None,
             "phases": {},
             "epoch": follower.committed,
@@ -129,7 +131,7 @@ async def _verify(follower: Follower, rest: bytes, stream: trio.SocketStream) ->
 
         nursery.start_soon(watch)
         try:
-            reply = (await follower.verify(_decode(rest, VerifyOptions))).report()
+            reply = (await follower.verifier.verify(_decode(rest, VerifyOptions))).report()
         except FuseDiskError as error:
             reply = _failure(error)
         nursery.cancel_scope.cancel()

@@ -4,21 +4,20 @@ One task converses with the receiver, one reads all the time (replicator.senderl
 the mount, and one writes the note on the replica; all end with `Follower.run`.
 """
 
-import dataclasses
 import logging
 import math
-import os
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import trio
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.replicas import Lag, ReplicaRecord, Sent, Verified, read_record, write_record
+from fusedisk.replicas import ReplicaRecord, Sent
 from replicator.address import Address
+from replicator.ageing import watch_age
 from replicator.batches import COMMITTED_LATER, Unread, describe
 from replicator.cadence import Cadence
 from replicator.captured import GivenUp
@@ -26,35 +25,27 @@ from replicator.chain import Chain
 from replicator.compression import Compressor
 from replicator.cutover import Cutover, CutoverOptions, new_record
 from replicator.freeze import Freezer
-from replicator.handover import (
-    AnotherCutover,
-    NotConverged,
-    OutcomeUnknown,
-    asking,
-    outcome_of,
-    rolled_back,
-)
+from replicator.handover import OutcomeUnknown, asking, rolled_back
 from replicator.link import LinkLost, TargetFailed
 from replicator.messages import RemoteProtocolError
+from replicator.noting import Note, read_note
 from replicator.progress import Progress
 from replicator.rates import Rates
+from replicator.requested import Requested
 from replicator.sender import Session
 from replicator.senderlink import KEEPALIVE_SECONDS, Pace, SenderLink
 from replicator.settings import Changes, SenderSettings
 from replicator.source import Source, measure
 from replicator.standing import RETRY_SECONDS_MAX, Standing
 from replicator.transport.connecting import Connect
-from replicator.verify import Findings, Verification, VerifyOptions
+from replicator.verifying import Verifier
 
 log = logging.getLogger("replicator.sender")
 
-Outcome: TypeAlias = dict[str, Any] | FuseDiskError
-
 _FIRST_CONNECT_SECONDS_MAX = 30.0
 _WATCH_SECONDS = 1.0
+_HEARD_SECONDS = 0.5
 _MOUNT_POLL_SECONDS = 0.5
-_AGE_POLL_SECONDS = 0.5
-_VERIFY_POLL_SECONDS = 60.0
 
 # What ends a link; all but RemoteProtocolError and FuseDiskError may go better the next time.
 _LINK_ENDINGS = (
@@ -75,52 +66,48 @@ class Follower:
         settings: SenderSettings,
     ) -> None:
         """``address`` is what is shown and recorded; ``connect`` makes a stream to it."""
-        self._source, self._name, self._address = source, name, address
-        self._connect, self._settings = connect, settings
+        self.source, self.name, self.address = source, name, address
+        self._connect, self.settings = connect, settings
         self._instance = str(uuid.uuid4())
         self._pace = Pace(settings.bandwidth)
-        self._session: Session | None = None
+        self.session: Session | None = None
         self._compressor = Compressor(settings.compress)
         self._chain = Chain()
         self._began = trio.current_time()
         self._reached = self._committed_here = self._unmounted = False
         self._wake = trio.Event()
-        self._cutover: tuple[CutoverOptions, trio.MemorySendChannel[Outcome]] | None = None
-        self._attempt: Cutover | None = None
-        self._verification: Verification | None = None
-        self._noting = trio.Event()
-        self._given_up = GivenUp()
-        self._freezer = Freezer(settings.freeze, source.state / "replicas" / f"{name}.freeze.log")
+        self.cutover = Requested()
+        self._note = Note(source.state, self._noted)
+        self.given_up = GivenUp()
+        self.freezer = Freezer(settings.freeze, source.state / "replicas" / f"{name}.freeze.log")
         self.progress = Progress()
         self.sent = Sent()
         self.rates = Rates()
         self.standing = Standing(self._stands_otherwise)
-        # How far a fill or a comparison ever came, and when the link was there.
-        self._furthest = (-1, 0)
         self._opened_at = math.inf
         self.committed: int | None = None
         self.commits, self.paused = 0, False
         self.on_change: Callable[[], None] = lambda: None
-        try:
-            noted = read_record(source.state, name)
-        except FuseDiskError as damage:
-            log.warning("%s; it is written anew", damage)
-            noted = None
-        self._closed_at = time.time()
+        noted = read_note(source.state, name)
+        self.closed_at = time.time()
         self.cadence = Cadence(settings.rpo_seconds)
         self._pinged_at = 0.0
-        self.verified: Verified | None = None if noted is None else noted.verified
+        self.verifier = Verifier(
+            *(source, settings, None if noted is None else noted.verified),
+            refuse=self._refuse_to_verify,
+            changed=self._verifies,
+        )
         if noted is not None:
             if settings.max_downtime_ms is None:
                 settings.max_downtime_ms = noted.max_downtime_ms
             if noted.generation == source.record.generation:
                 self.committed = noted.epoch
                 self._chain = Chain(noted.root)
-                self._closed_at = noted.closed_at or self._closed_at
+                self.closed_at = noted.closed_at or self.closed_at
                 if noted.epoch is not None:
                     # Before this process there is only the clock on the wall.
                     self.cadence.is_as_of(
-                        trio.current_time() - max(0.0, time.time() - self._closed_at)
+                        trio.current_time() - max(0.0, time.time() - self.closed_at)
                     )
 
     @property
@@ -141,11 +128,11 @@ class Follower:
         failure: Exception | None = None
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_note)
-                nursery.start_soon(measure, self._source, self.rates)
+                nursery.start_soon(self._note.keep)
+                nursery.start_soon(measure, self.source, self.rates)
                 nursery.start_soon(self._watch_mount, nursery.cancel_scope)
                 nursery.start_soon(self._watch_age)
-                nursery.start_soon(self._verify_now_and_then)
+                nursery.start_soon(self.verifier.now_and_then, lambda: self.state == "following")
                 try:
                     await self._keep_linked()
                 except (OSError, FuseDiskError) as error:
@@ -153,9 +140,9 @@ class Follower:
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                await self._freezer.close()
-                await self._write_note()
-        if self._unmounted and self._settings.once and not self._committed_here:
+                await self.freezer.close()
+                await self._note.write()
+        if self._unmounted and self.settings.once and not self._committed_here:
             raise FuseDiskError(
                 "the mount was unmounted before a copy was committed; mount it and start again"
             )
@@ -166,42 +153,16 @@ class Follower:
 
     async def _watch_mount(self, scope: trio.CancelScope) -> None:
         # A cutover finds out by itself: it has an answer to give.
-        while self._source.mounted or self._attempt is not None:
+        while self.source.mounted or self.cutover.attempt is not None:
             await trio.sleep(_MOUNT_POLL_SECONDS)
         self._unmounted = True
         scope.cancel()
 
     async def _watch_age(self) -> None:
-        """Say when the newest point is older than wanted, and when it no longer is."""
-        while True:
-            await trio.sleep(_AGE_POLL_SECONDS)
-            began = trio.current_time()
-            committed = self.committed
-            lag = await trio.to_thread.run_sync(self._source.lag, committed or 0)
-            if committed is not None and committed == self.committed and not lag.chunks:
-                self.cadence.is_as_of(began)
-            said = self.cadence.watch(trio.current_time())
-            if said is not None:
-                log.warning("%s (%s%s)", said, self.state, f": {self.error}" if self.error else "")
+        def why() -> str:
+            return f"{self.state}: {self.error}" if self.error else self.state
 
-    async def _verify_now_and_then(self) -> None:
-        every = self._settings.verify_every
-        while every is not None:
-            await trio.sleep(min(_VERIFY_POLL_SECONDS, every))
-            last = self.verified.at if self.verified is not None else 0.0
-            # A clock that was set back does not put it off for longer than asked for.
-            if self.state != "following" or 0 <= time.time() - last < every:
-                continue
-            try:
-                found = await self.verify(VerifyOptions(self._settings.verify_bandwidth))
-            except FuseDiskError as error:
-                log.warning("the replica was not verified: %s", error)
-                continue
-            if found.outcome == "differs":
-                log.error(
-                    "the replica differs in %d bytes; run 'replicator verify --repair'",
-                    found.differing_bytes,
-                )
+        await watch_age(self.cadence, self.source, lambda: self.committed, why)
 
     async def _keep_linked(self) -> None:
         while True:
@@ -210,7 +171,7 @@ class Follower:
                 await self._one_link()
                 return
             except _LINK_ENDINGS as error:
-                if not self._source.mounted:
+                if not self.source.mounted:
                     self._unmounted = True
                     return
                 self._raise_final(error)
@@ -220,8 +181,7 @@ class Follower:
                 )
             finally:
                 self._opened_at = math.inf
-            if self._verification is not None:
-                self._verification.fail(FuseDiskError(f"{self.error}; verify again"))
+            self.verifier.fail(FuseDiskError(f"{self.error}; verify again"))
             await self._wait_to_retry()
 
     def _raise_final(self, error: Exception) -> None:
@@ -229,18 +189,18 @@ class Follower:
         if isinstance(error, FuseDiskError):
             raise error
         if isinstance(error, RemoteProtocolError) and not self._reached:
-            raise FuseDiskError(f"the receiver at {self._address} is none: {error}") from None
-        if isinstance(error, TargetFailed) and self._settings.on_target_error == "stop":
+            raise FuseDiskError(f"the receiver at {self.address} is none: {error}") from None
+        if isinstance(error, TargetFailed) and self.settings.on_target_error == "stop":
             raise FuseDiskError(f"{error}; ended by --on-target-error stop") from None
 
     async def _wait_to_retry(self) -> None:
         seconds_max = RETRY_SECONDS_MAX
-        if self._settings.once and not self._reached:
+        if self.settings.once and not self._reached:
             left = self._began + _FIRST_CONNECT_SECONDS_MAX - trio.current_time()
             if left <= 0:
                 raise FuseDiskError(
                     f"{self.error}; tried for {_FIRST_CONNECT_SECONDS_MAX:.0f} s, is there a "
-                    f"receiver at {self._address}?"
+                    f"receiver at {self.address}?"
                 )
             seconds_max = left
         delay = self.standing.wait(trio.current_time(), seconds_max)
@@ -251,24 +211,24 @@ class Follower:
     async def _one_link(self) -> None:
         async with self._connect() as stream:
             await self._with_link(
-                SenderLink(stream, self._pace, self.sent, self._settings.silence_seconds_max)
+                SenderLink(stream, self._pace, self.sent, self.settings.silence_seconds_max)
             )
 
     async def _with_link(self, link: SenderLink) -> None:
         link.on_end = lambda: self._wake.set()
         session = Session(
-            *(self._source, link, self._name, self._instance),
+            *(self.source, link, self.name, self._instance),
             *(self.progress, self.sent, self.rates, self._compressor),
             chain=self._chain,
         )
-        session.spill_bytes = self._settings.spill_bytes
-        session.given_up = self._given_up
-        self._session = session
+        session.spill_bytes = self.settings.spill_bytes
+        session.given_up = self.given_up
+        self.session = session
         session.on_phase = self.standing.enter
-        session.on_further = self._note_place
+        session.on_further = self.standing.reached
         session.on_unread = self._note_unread
         session.held = lambda: self._hold(session)
-        session.frozen = lambda: self._freezer.frozen(skip=self._attempt is not None)
+        session.frozen = lambda: self.freezer.frozen(skip=self.cutover.attempt is not None)
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.listen)
@@ -308,8 +268,8 @@ class Follower:
         self._reached = True
         self._opened_at = trio.current_time()
         if opened.state == "new":
-            self._furthest = (-1, 0)
-        if opened.state == "new" or opened.generation != self._source.record.generation:
+            self.standing.begins_anew()
+        if opened.state == "new" or opened.generation != self.source.record.generation:
             # The note on it is of something that is no more.
             self.committed = None
             self.cadence.unknown()
@@ -318,33 +278,33 @@ class Follower:
         self.standing.enter("following")
         if not session.progress.finished:
             # Nothing had to be synchronised, so nothing is known to be left of an earlier phase.
-            self.progress.begin("pass", [0] * len(self._source.fds))
+            self.progress.begin("pass", [0] * len(self.source.fds))
             self.progress.finish()
         await self._follow(session, link)
 
     async def _follow(self, session: Session, link: SenderLink) -> None:
-        while self._source.mounted:
+        while self.source.mounted:
             assert session.committed is not None
             link.raise_ended()
             await self._hold(session)
-            if self._cutover is not None:
-                await self._do_cutover(session, link)
+            if self.cutover.options is not None:
+                await self._do_cutover(session, link, self.cutover.options)
                 if self.state == "promoted":
                     return
                 continue
             began = trio.current_time()
-            waiting = await trio.to_thread.run_sync(self._source.lag, session.committed)
+            waiting = await trio.to_thread.run_sync(self.source.lag, session.committed)
             if not waiting.chunks:
                 # A mark comes before its write is acknowledged.
                 self.cadence.is_as_of(began)
-            due = self._settings.once or self.cadence.is_due(waiting.bytes, trio.current_time())
+            due = self.settings.once or self.cadence.is_due(waiting.bytes, trio.current_time())
             if session.repairs or (waiting.chunks and due):
                 await session.next_pass()
                 self._note_commit(session)
                 if session.instant is not None:
                     self.cadence.note_pass(waiting.bytes, session.instant, trio.current_time())
                 self._pinged_at = trio.current_time()
-            if self._settings.once:
+            if self.settings.once:
                 # One instant is committed, whatever the guest has written since.
                 return
             asked = trio.current_time() >= self._pinged_at + KEEPALIVE_SECONDS
@@ -358,8 +318,7 @@ class Follower:
 
     async def _rest_verifying(self, session: Session, seconds: float) -> None:
         until = trio.current_time() + seconds
-        if self._verification is not None:
-            await self._verification.work(session, until, self._wake)
+        await self.verifier.work(session, until, self._wake)
         await self._rest(max(0.0, until - trio.current_time()))
 
     async def _rest(self, seconds: float) -> None:
@@ -380,220 +339,109 @@ class Follower:
 
     def pause(self, paused: bool) -> None:
         """Stop sending what changed, or go on. Raises FuseDiskError during a cutover."""
-        if paused and (self._cutover is not None or self.state in ("cutover", "promoted")):
+        if paused and (self.cutover.options is not None or self.state in ("cutover", "promoted")):
             raise FuseDiskError("a cutover is under way; it cannot be paused")
         self.paused = paused
         self._wake.set()
 
     def change(self, changes: Changes) -> None:
         """Apply new settings at once."""
-        changes.apply(self._settings)
-        self.cadence.target = self._settings.rpo_seconds
-        self._pace.set_rate(self._settings.bandwidth)
+        changes.apply(self.settings)
+        self.cadence.target = self.settings.rpo_seconds
+        self._pace.set_rate(self.settings.bandwidth)
         self._wake.set()
-        self._noting.set()
+        self._note.changed()
 
-    async def verify(self, options: VerifyOptions) -> Findings:
-        """Compare the replica by hash between passes, as soon as it follows.
-
-        Raises FuseDiskError where that cannot be, or the link is lost.
-        """
-        if self._verification is not None:
-            raise FuseDiskError("another verify of this replica is under way; let it finish")
+    def _refuse_to_verify(self) -> None:
         if self.paused:
             raise FuseDiskError("the replica is paused; resume it first")
         if self.state in ("waiting", "cutover", "promoted", "failed"):
             reason = f" ({self.error})" if self.error else ""
             raise FuseDiskError(f"the replica is {self.state}{reason}; verify while it follows")
-        self._verification = Verification(self._source, options)
+
+    def _verifies(self) -> None:
+        # What was to be repaired for the one before is not for the next.
+        if self.verifier.progress is None and self.session is not None:
+            self.session.repairs.clear()
         self._wake.set()
-        try:
-            found = await self._verification.result()
-        finally:
-            self._verification = None
-            if self._session is not None:
-                self._session.repairs.clear()
-        self.verified = found.summary(time.time())
-        self._noting.set()
-        return found
+        self._note.changed()
 
     async def cut_over(self, options: CutoverOptions) -> dict[str, Any]:
         """Cut over as soon as the replica follows; see replicator.cutover.Cutover for errors."""
-        if self._cutover is not None:
-            raise AnotherCutover("another cutover is under way; wait until it has ended")
+        self.cutover.require_none()
         if self.paused:
             raise FuseDiskError("the replica is paused; resume it first")
-        answer, answers = trio.open_memory_channel[Outcome](1)
-        self._cutover = options, answer
         self._wake.set()
-        try:
-            outcome: Outcome | None = None
-            with trio.move_on_after(options.timeout_seconds):
-                outcome = await answers.receive()
-            if outcome is None:
-                # Invariant: what has begun keeps its own bounds, whatever the state says meanwhile,
-                # and nobody is told how it ended before it has.
-                if self._attempt is None and not answers.statistics().current_buffer_used:
-                    raise NotConverged(
-                        f"the replica is still {self.state} after {options.timeout_seconds:g} s; "
-                        "the guest goes on at the source"
-                    )
-                outcome = await answers.receive()
-        finally:
-            self._cutover = None
-        if isinstance(outcome, FuseDiskError):
-            raise outcome
-        return outcome
+        return await self.cutover.outcome(options, lambda: self.state)
 
-    async def outcome_of(self, error: FuseDiskError) -> str:
-        """What may be said of a cutover that ended so."""
-        return await trio.to_thread.run_sync(outcome_of, self._source, error)
-
-    async def _do_cutover(self, session: Session, link: SenderLink) -> None:
-        assert self._cutover is not None
-        options, answer = self._cutover
+    async def _do_cutover(
+        self, session: Session, link: SenderLink, options: CutoverOptions
+    ) -> None:
         self.standing.enter("cutover")
-        record = new_record(self._name, str(self._address))
-        ask = asking(self._connect, self._source.record.source_id)
-        self._attempt = Cutover(self._source, session, link, record, options, ask)
-        self._attempt.on_change = self.on_change
+        record = new_record(self.name, str(self.address))
+        ask = asking(self._connect, self.source.record.source_id)
+        attempt = Cutover(self.source, session, link, record, options, ask)
+        attempt.on_change = self.on_change
+        self.cutover.attempt = attempt
         try:
-            result = await self._attempt.run()
+            result = await attempt.run()
         except OutcomeUnknown as error:
-            answer.send_nowait(error)
+            self.cutover.answer(error)
             self.standing.enter("failed")
             # The one who asked has to hear it before this process ends.
-            await trio.sleep(0.5)
+            await trio.sleep(_HEARD_SECONDS)
             raise
         except _LINK_ENDINGS as error:
             told = rolled_back(error)
-            answer.send_nowait(told)
-            self._cutover = self._attempt = None
+            self.cutover.rolled_back(told)
             # A pass may have been cut short: only a new link is in a known state.
             raise LinkLost(f"the cutover was rolled back: {told}") from None
         self._note_commit(session)
         if result["outcome"] == "dry-run":
-            answer.send_nowait(result)
-            self._cutover = self._attempt = None
+            self.cutover.rolled_back(result)
             self.standing.enter("following")
             return
         self.standing.enter("promoted")
-        answer.send_nowait(result)
-        await trio.sleep(0.5)
-        self._attempt = None
+        self.cutover.answer(result)
+        await trio.sleep(_HEARD_SECONDS)
+        self.cutover.attempt = None
 
     def _note_commit(self, session: Session) -> None:
         if session.closed_at is not None:
             self._committed_here = True
             self.commits += 1
-            self._closed_at = session.closed_at
-            self._furthest = (-1, 0)
+            self.closed_at = session.closed_at
             self.standing.progressed()
         if session.instant is not None:
             self.cadence.is_as_of(session.instant)
         self.committed = session.committed
-        self._noting.set()
+        self._note.changed()
         self.on_change()
 
-    def _note_place(self, disk: int, offset: int) -> None:
-        """A fill or a comparison is at a place now, in the order of all passes like it."""
-        if (disk, offset) > self._furthest:
-            self._furthest = disk, offset
-            self.standing.progressed()
-
     def _stands_otherwise(self) -> None:
-        self._noting.set()
+        self._note.changed()
         self.on_change()
 
     def _note_unread(self, unread: list[Unread]) -> None:
         if not unread:
             self.standing.cannot_read(None)
             return
-        what = describe(unread, [disk.path for disk in self._source.record.disks])
-        if self._settings.on_source_error == "stop":
+        what = describe(unread, [disk.path for disk in self.source.record.disks])
+        if self.settings.on_source_error == "stop":
             raise FuseDiskError(f"{what}; ended by --on-source-error stop")
         log.warning("%s; %s", what, COMMITTED_LATER)
         self.standing.cannot_read(f"{what}; {COMMITTED_LATER}")
 
-    async def _keep_note(self) -> None:
-        while True:
-            await self._noting.wait()
-            self._noting = trio.Event()
-            await self._write_note()
-
-    async def _write_note(self) -> None:
-        record = ReplicaRecord(
-            self._name,
-            str(self._address),
-            self._source.record.generation,
+    def _noted(self) -> ReplicaRecord:
+        return ReplicaRecord(
+            self.name,
+            str(self.address),
+            self.source.record.generation,
             self.committed,
-            self._closed_at if self.committed is not None else None,
+            self.closed_at if self.committed is not None else None,
             self.state,
             msgspec.structs.replace(self.sent),
-            self._settings.max_downtime_ms,
-            self.verified,
+            self.settings.max_downtime_ms,
+            self.verifier.last,
             self._chain.root,
         )
-        try:
-            await trio.to_thread.run_sync(write_record, self._source.state, record)
-        except OSError as error:
-            # Only status misses it: the target's own record decides where to go on.
-            log.warning("cannot note the state of the replica: %s", error)
-
-    async def report(self) -> dict[str, Any]:
-        """This replica's entry in ``replicator status --json``."""
-        # In a thread: the maps of large disks are a GiB and more.
-        attempt = self._attempt
-        lag, newer, left = await trio.to_thread.run_sync(self._lags, attempt)
-        now = trio.current_time()
-        changed = lag.chunks or self.committed is None
-        error = self.error
-        if error and (at := self.standing.retry_at) is not None:
-            error = f"{error}; trying again in {max(0.0, at - now):.0f} s"
-        progress = self.progress
-        if self._verification is not None and self.state == "following":
-            progress = self._verification.progress
-        if attempt is not None and attempt.progress is not None:
-            progress = attempt.progress
-        return {
-            "name": self._name,
-            "address": str(self._address),
-            "state": self.state,
-            "progress": {"phase": progress.phase, **progress.report(now)},
-            "disks": progress.disks([disk.name for disk in self._source.record.disks]),
-            "lag": {
-                "bytes": lag.bytes,
-                "chunks": lag.chunks,
-                "seconds": max(0.0, time.time() - self._closed_at) if changed else 0.0,
-            },
-            "rpo": self.cadence.report(now),
-            "verify": {
-                "every": self._settings.verify_every,
-                "last": msgspec.to_builtins(self.verified),
-            },
-            "epoch": {"current": self._source.control.epoch, "committed": self.committed},
-            "sent": msgspec.to_builtins(self.sent),
-            "cause": self._session.cause if self._session and self.progress.whole else None,
-            "forecast": self._forecast(lag.bytes, newer),
-            "cutover": None if attempt is None else attempt.report(left),
-            "freeze": self._freezer.report(),
-            "capture": self._session and self._session.captured and self._session.captured.report(),
-            "given_up": dataclasses.asdict(self._given_up),
-            "error": error,
-            "sender": {"pid": os.getpid()},
-        }
-
-    def _lags(self, attempt: Cutover | None) -> tuple[Lag, int, int]:
-        """What the replica lacks; what was written since all of it is being sent; and what a
-        cutover has left."""
-        lag = self._source.lag(self.committed or 0)
-        left = 0 if attempt is None else attempt.left()
-        if not self.progress.whole:
-            return lag, 0, left
-        return lag, self._source.lag(self._source.control.epoch - 1).bytes, left
-
-    def _forecast(self, left: int, newer: int) -> dict[str, Any]:
-        if self.progress.whole:
-            # What is written meanwhile is for the pass that follows.
-            left = sum(self.progress.left) + newer
-        return self.rates.report(left, "paused" if self.paused else self.state)

@@ -15,6 +15,7 @@ from fusedisk.units import format_size
 from replicator import display
 from replicator.following import Follower
 from replicator.progress import Progress
+from replicator.reporting import report
 
 log = logging.getLogger("replicator.progress")
 
@@ -41,12 +42,12 @@ async def _show_bar(follower: Follower) -> None:
         with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
             try:
                 while True:
-                    live.update(display.table([await follower.report()]), refresh=True)
+                    live.update(display.table([await report(follower)]), refresh=True)
                     await trio.sleep(_BAR_SECONDS)
             finally:
                 # What it came to stays on the screen.
                 with trio.CancelScope(shield=True):
-                    live.update(display.table([await follower.report()]), refresh=True)
+                    live.update(display.table([await report(follower)]), refresh=True)
     finally:
         root.handlers = before
 
@@ -69,7 +70,7 @@ async def _log_lines(follower: Follower) -> None:
     while True:
         await trio.sleep(_LOG_SECONDS)
         if follower.state in ("filling", "comparing"):
-            entry = await follower.report()
+            entry = await report(follower)
             log.info("%s: %s", entry["state"], display.progress_text(entry["progress"]))
         elif follower.commits > commits:
             log.info(
@@ -77,7 +78,7 @@ async def _log_lines(follower: Follower) -> None:
                 *(follower.state, follower.commits - commits),
                 *(
                     format_size(follower.sent.bytes - sent),
-                    display.lag_text(await follower.report()),
+                    display.lag_text(await report(follower)),
                 ),
             )
         commits, sent = follower.commits, follower.sent.bytes

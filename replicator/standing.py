@@ -12,6 +12,7 @@ log = logging.getLogger("replicator.sender")
 
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.5, 30.0
 # Said by somebody, or the end: nothing that is wrong with the link hides them.
+_BEGIN = -1, 0
 _PLAIN = frozenset({"paused", "cutover", "promoted", "failed"})
 
 
@@ -30,6 +31,7 @@ class Standing:
         """What of the source cannot be read."""
         self._trouble: str | None = None
         self._retry_seconds = RETRY_SECONDS_MIN
+        self._furthest = _BEGIN
         self.retry_at: float | None = None
         """When the next link is tried, while none is."""
 
@@ -79,9 +81,20 @@ class Standing:
             self._changed(before)
 
     def progressed(self) -> None:
-        """The replica got further than ever, or lacks nothing that is due."""
+        """A point was committed, or the replica lacks nothing that is due."""
+        self.begins_anew()
         self._retry_seconds = RETRY_SECONDS_MIN
         self.holds()
+
+    def begins_anew(self) -> None:
+        """What a fill or a comparison reached before is nothing to go by."""
+        self._furthest = _BEGIN
+
+    def reached(self, disk: int, offset: int) -> None:
+        """A long pass is at a place now, in the order of all passes like it."""
+        if (disk, offset) > self._furthest:
+            self.progressed()
+            self._furthest = disk, offset
 
     def wait(self, now: float, seconds_max: float) -> float:
         """How long to wait before the next try: twice as long each time."""

@@ -201,7 +201,7 @@ class SessionSimulation(World):
             return
         with trio.move_on_after(30):
             try:
-                found = await self.follower.verify(VerifyOptions())
+                found = await self.follower.verifier.verify(VerifyOptions())
             except FuseDiskError as error:
                 self.note(f"not verified: {error}")
                 return

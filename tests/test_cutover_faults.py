@@ -28,6 +28,7 @@ from replicator.following import Follower
 from replicator.guest import Guest
 from replicator.handover import NotConverged, OutcomeUnknown
 from replicator.proof import Differs, Proof
+from replicator.reporting import report
 from replicator.sender import Session
 from replicator.senderlock import lock_replica
 from replicator.settings import SenderSettings
@@ -137,7 +138,7 @@ def test_a_cutover_that_waits_for_a_bad_block_tells_its_end(
         await until(lambda: "cannot read" in (cutting.follower.error or ""))
         # Longer than --timeout, which bounds the wait for the begin.
         await trio.sleep(2.5)
-        assert (await cutting.follower.report())["cutover"]["phase"] == "verifying"
+        assert (await report(cutting.follower))["cutover"]["phase"] == "verifying"
         assert isinstance(cutting.source, MendableSource)
         cutting.source.bad = False
 
@@ -281,9 +282,9 @@ def test_what_is_written_while_the_memory_moves_has_to_fit(
     seen: list[dict[str, Any]] = []
 
     def write() -> None:
-        seen.append(trio.from_thread.run(cutting.follower.report)["cutover"])
+        seen.append(trio.from_thread.run(report, cutting.follower)["cutover"])
         guest_write(pair.mount.disk(0), os.urandom(10 * CHUNK), 0)
-        seen.append(trio.from_thread.run(cutting.follower.report)["cutover"])
+        seen.append(trio.from_thread.run(report, cutting.follower)["cutover"])
 
     monkeypatch.setattr(Estimate, "seconds", seconds)
     while_pausing(monkeypatch, write)

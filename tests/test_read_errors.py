@@ -16,6 +16,7 @@ from replicator import batches
 from replicator.address import parse_address
 from replicator.compression import Compressor
 from replicator.following import Follower
+from replicator.reporting import report
 from replicator.settings import SenderSettings
 from replicator.source import Source
 from replicator.transport.connecting import connected
@@ -57,10 +58,10 @@ async def follow_a_bad_source(pair: Pair, source: BadSource) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(follower.run)
         await until(lambda: follower.state == "waiting")
-        report = await follower.report()
-        assert "cannot read 65536 bytes" in report["error"] and f"byte {BAD}" in report["error"]
-        assert str(pair.images[0]) in report["error"]
-        assert report["epoch"]["committed"] is None
+        entry = await report(follower)
+        assert "cannot read 65536 bytes" in entry["error"] and f"byte {BAD}" in entry["error"]
+        assert str(pair.images[0]) in entry["error"]
+        assert entry["epoch"]["committed"] is None
         # What can be read is at the target, up to the end of the last disk.
         await until(lambda: pair.replica(1).read_bytes() == pair.images[1].read_bytes())
         want, found = pair.images[0].read_bytes(), pair.replica(0).read_bytes()

@@ -22,6 +22,7 @@ from fusedisk.replicas import Lag
 from replicator.address import parse_address
 from replicator.following import Follower
 from replicator.messages import Committed, Event, Welcome
+from replicator.reporting import report
 from replicator.settings import SenderSettings
 from replicator.source import Source
 from replicator.standing import RETRY_SECONDS_MAX, RETRY_SECONDS_MIN, Standing
@@ -212,7 +213,7 @@ def test_disks_and_maps_are_looked_at_in_threads(pair: Pair) -> None:
     async def main() -> None:
         follower = follower_of(pair, source)
         await follower.run()
-        await follower.report()
+        await report(follower)
 
     try:
         trio.run(main)

@@ -16,7 +16,6 @@ FILES = sorted(p for d in ("fusedisk", "replicator", "tests") for p in (ROOT / d
 LINES_MAX = 450
 LONGER = {
     "tests/test_wire.py": "one table of events, states and refusals",
-    "replicator/following.py": "a sender's life, and what is asked of it meanwhile",
     "tests/test_mount.py": "one table of what a mount does",
     "tests/test_mount_options.py": "one fixture for other users and one for every signal",
 }
