@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -62,15 +63,9 @@ def save_undo(
         raise FuseDiskError(f"cannot open undo records: {error.strerror}") from error
     try:
         for disk, offset, length in ranges:
-            while True:
-                try:
-                    if points:
-                        undo.save(disk, fds[disk], offset, offset + length)
-                    break
-                except OSError as error:
-                    if error.errno not in _FULL:
-                        raise
-                    drop_oldest(files, directory, points)
+            save = partial(undo.save, disk, fds[disk], offset, offset + length)
+            _with_room(files, directory, points, save)
+        _with_room(files, directory, points, undo.flush)
         if points:
             # Invariant: what is about to be overwritten is durable here before.
             undo.sync()
@@ -80,6 +75,19 @@ def save_undo(
     finally:
         undo.close()
     return points
+
+
+def _with_room(
+    files: Files, directory: Path, points: list[Point], step: Callable[[], None]
+) -> None:
+    """Take a step, again and again while there are points to drop; without any it is left out."""
+    while points:
+        try:
+            return step()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            drop_oldest(files, directory, points)
 
 
 def drop_oldest(files: Files, directory: Path, points: list[Point]) -> None:

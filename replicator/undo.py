@@ -19,14 +19,17 @@ from typing import NamedTuple
 
 import xxhash
 
+from fusedisk.direct import read_into
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import data_extents
-from replicator.files import Files
+from replicator.files import Buffer, Files
 from replicator.manifest import PRIVATE_DIRECTORY, Point, ReplicaDisk
 from replicator.records import DATA, HEAD_BYTES, NO_DIGEST, ZERO, Head, decode_head, encode_head
 from replicator.writeback import Writeback
 
 _PIECE_BYTES_MAX = 1 << 20
+# Of records written in one call: their bytes, and their buffers (IOV_MAX).
+_PENDING_BYTES_MAX, _PENDING_MAX = 4 << 20, 1022
 
 
 class PointDamaged(FuseDiskError):
@@ -110,8 +113,12 @@ class UndoLog:
         else:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._writeback = Writeback(files, self.fd)
+        self._pending: list[Buffer] = []
+        # What is read goes here, so that no memory is found and given back for each record.
+        self._buffer: memoryview | None = None
+        self._used = 0
         try:
-            self.end = self._scan(point.undo_bytes, disks)
+            self.end = self._written = self._scan(point.undo_bytes, disks)
             if os.fstat(self.fd).st_size > self.end:
                 files.truncate(self.fd, self.end)
         except BaseException:
@@ -139,8 +146,7 @@ class UndoLog:
             for offset, length in data_extents(fd, low, high):
                 self._zero(disk, position, offset)
                 for at in range(offset, offset + length, _PIECE_BYTES_MAX):
-                    size = min(_PIECE_BYTES_MAX, offset + length - at)
-                    self.add(disk, at, read_exactly(fd, size, at))
+                    self.add(disk, at, fd, at, min(_PIECE_BYTES_MAX, offset + length - at))
                 position = offset + length
             self._zero(disk, position, high)
 
@@ -153,24 +159,43 @@ class UndoLog:
                 if head.kind == ZERO:
                     self._zero(head.disk, low, high)
                 else:
-                    self.add(
-                        head.disk, low, read_exactly(newer.fd, high - low, at + low - head.offset)
-                    )
+                    self.add(head.disk, low, newer.fd, at + low - head.offset, high - low)
 
-    def add(self, disk: int, offset: int, data: bytes) -> None:
-        """Append one record of data. Raises OSError."""
-        head = Head(DATA, disk, offset, len(data), xxhash.xxh3_128_digest(data))
-        at = self.end + HEAD_BYTES
-        length = self._files.write(self.fd, [encode_head(head, self._seed), data], self.end)
-        self._writeback.wrote(self.end, length)
-        self.end += length
-        self.overlays[disk].add(offset, offset + len(data), Place(self.fd, at))
+    def add(self, disk: int, offset: int, fd: int, at: int, length: int) -> None:
+        """Add a record of what `fd` has at byte `at`; it may wait for others. Raises OSError."""
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(_PENDING_BYTES_MAX))
+        if self._used + length > len(self._buffer):
+            self.flush()
+        data = self._buffer[self._used : self._used + length]
+        read_into(fd, data, at)
+        self._used += length
+        head = Head(DATA, disk, offset, length, xxhash.xxh3_128_digest(data))
+        place = Place(self.fd, self.end + HEAD_BYTES)
+        self.overlays[disk].add(offset, offset + length, place)
+        self._append(head, data)
 
     def _zero(self, disk: int, start: int, end: int) -> None:
         if start < end:
-            head = Head(ZERO, disk, start, end - start, NO_DIGEST)
-            self.end += self._files.write(self.fd, [encode_head(head, self._seed)], self.end)
             self.overlays[disk].add(start, end, Place(-1, 0))
+            self._append(Head(ZERO, disk, start, end - start, NO_DIGEST), b"")
+
+    def _append(self, head: Head, data: Buffer) -> None:
+        if len(self._pending) >= _PENDING_MAX:
+            self.flush()
+        self._pending += [encode_head(head, self._seed), data]
+        self.end += HEAD_BYTES + len(data)
+
+    def flush(self) -> None:
+        """Write the records that wait; repeat it where it fails. Raises OSError."""
+        if not self._pending:
+            return
+        # What could not be written stays and is written to the same place by the next call: it
+        # counts as saved already.
+        length = self._files.write(self.fd, self._pending, self._written)
+        self._writeback.wrote(self._written, length)
+        self._written += length
+        self._pending, self._used = [], 0
 
     def check(self) -> None:
         """Compare all data with its digests. Raises PointDamaged, or OSError."""
@@ -180,6 +205,7 @@ class UndoLog:
 
     def sync(self) -> None:
         """Make all of it durable. Raises OSError."""
+        self.flush()
         self._files.sync(self.fd)
         # Its maker may have died before it synced the name.
         self._files.sync_directory(self.path.parent)

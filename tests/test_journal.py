@@ -182,6 +182,7 @@ def test_all_but_a_little_of_a_pass_is_with_the_disk_before_each_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("replicator.writeback._STEP_BYTES", 4096)
+    monkeypatch.setattr("replicator.undo._PENDING_MAX", 2)
     begun: dict[str, list[tuple[int, int]]] = {}
 
     class Noting(Files):

@@ -144,7 +144,7 @@ class Full(UndoFiles):
         self.refuse = 0
 
     def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        if self.refuse and len(buffers) == 2:
+        if self.refuse and len(buffers) > 1:
             self.refuse -= 1
             raise OSError(errno.ENOSPC, "No space left on device")
         return super().write(fd, buffers, offset)
@@ -165,6 +165,8 @@ def test_full_target_drops_the_oldest_points_first(
         replica.write(0, 0, b"y" * 70000)
         assert [p.epoch for p in replica.manifest.points] == before[1:]
         model.content[0][:70000] = b"y" * 70000
+        replica.write(1, 0, b"z" * 5000)
+        model.content[1][:5000] = b"z" * 5000
         model.epoch += 1
         model.points[model.epoch] = [bytes(content) for content in model.content]
         model.times[model.epoch] = model.now
