@@ -109,9 +109,9 @@ class Bench:
         self.processes.append(process)
         return process
 
-    def receive(self) -> subprocess.Popen[str]:
+    def receive(self, *words: str) -> subprocess.Popen[str]:
         """Start the receiver and wait until it listens."""
-        receiver = self.spawn("receive", "--store", self.store, self.address)
+        receiver = self.spawn("receive", "--store", self.store, *words, self.address)
         assert receiver.stdout is not None
         if not receiver.stdout.readline().startswith("listening"):
             raise SystemExit("the receiver did not start")
