@@ -7,6 +7,7 @@ import xxhash
 
 from fusedisk.direct import read_into
 from fusedisk.extents import data_extents
+from fusedisk.zeros import zero_runs
 from replicator.messages import (
     DATA_BYTES_MAX,
     DIGEST_BYTES,
@@ -17,7 +18,6 @@ from replicator.messages import (
 )
 
 ZERO_BLOCK_BYTES = 4096
-_ZEROS = bytes(ZERO_BLOCK_BYTES)
 
 
 class TransferDigest:
@@ -91,22 +91,8 @@ def read_transfers(source: Readable, disk: int, offset: int, view: memoryview) -
         Zero(disk, offset + first, last - first)
         if zero
         else Data.of(disk, offset + first, view[first:last])
-        for first, last, zero in _zero_runs(view)
+        for first, last, zero in zero_runs(view, ZERO_BLOCK_BYTES)
     ]
-
-
-def _zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
-    start, kind = 0, None
-    for at in range(0, len(view), ZERO_BLOCK_BYTES):
-        # Most blocks differ from zero in their first byte.
-        block = view[at : at + ZERO_BLOCK_BYTES]
-        zero = not block[0] and bytes(block) == _ZEROS[: len(block)]
-        if kind is not None and zero != kind:
-            yield start, at, kind
-            start = at
-        kind = zero
-    if kind is not None:
-        yield start, len(view), kind
 
 
 def differing(
