@@ -1,7 +1,9 @@
 """A stream that speaks the protocol: events in, events out."""
 
+import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeAlias, TypeVar
 
 import trio
@@ -29,6 +31,8 @@ _AHEAD_BYTES = 16 << 10
 # One write of a stream that is not a socket; its deadline is for so much.
 _WRITE_BYTES = 256 << 10
 _BUFFERS_A_CALL_MAX = 256
+# Of a part of a frame that is at least so long, so much has to be there before a task is woken.
+_WAKE_BYTES_MIN, _WAKE_BYTES_MAX = 64 << 10, 512 << 10
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -98,26 +102,31 @@ class Link:
                     await self._stream.send_all(buffer[at : at + _WRITE_BYTES])
                 self.on_moved()
 
-    async def _put_on_socket(
-        self, socket: trio.socket.SocketType, buffers: Sequence[Buffer]
-    ) -> None:
+    async def _put_on_socket(self, sock: trio.socket.SocketType, buffers: Sequence[Buffer]) -> None:
         views = [memoryview(buffer) for buffer in buffers]
         first = 0
-        while first < len(views):
-            with self._patience():
-                done = await socket.sendmsg(views[first : first + _BUFFERS_A_CALL_MAX])
-            self.on_moved()
-            while first < len(views) and done >= len(views[first]):
-                done -= len(views[first])
-                first += 1
-            if done:
+        with self._patience() as patience:
+            while True:
+                done = 0
+                with suppress(BlockingIOError):
+                    done = os.writev(sock.fileno(), views[first : first + _BUFFERS_A_CALL_MAX])
+                    self.on_moved()
+                while first < len(views) and done >= len(views[first]):
+                    done -= len(views[first])
+                    first += 1
+                if first == len(views):
+                    return
                 views[first] = views[first][done:]
+                # The little that is free by now is not worth a call: this waits for a third.
+                patience.deadline = trio.current_time() + self.silence_seconds_max
+                await trio.lowlevel.wait_writable(sock)
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
+    def _patience(self) -> Iterator[trio.CancelScope]:
         """Raises TooSlowError where the peer neither takes what is put nor says anything."""
-        with trio.fail_after(self.silence_seconds_max) as self._put_scope:
-            yield
+        with trio.fail_after(self.silence_seconds_max) as scope:
+            self._put_scope = scope
+            yield scope
 
     async def receive(self) -> Event:
         """The next event. Raises LinkLost at the end, RemoteProtocolError on a broken rule."""
@@ -224,13 +233,7 @@ def _receiver_into(
 ) -> Callable[[memoryview, memoryview], Awaitable[int]]:
     """How to receive into one buffer and what is too much for it into another."""
     if isinstance(stream, trio.SocketStream):
-        socket = stream.socket
-
-        async def receive_message(buffer: memoryview, ahead: memoryview) -> int:
-            count: int = (await socket.recvmsg_into([buffer, ahead]))[0]
-            return count
-
-        return receive_message
+        return _SocketReceiver(stream.socket).receive
 
     async def receive_into(buffer: memoryview, ahead: memoryview) -> int:
         data = memoryview(await stream.receive_some(len(buffer) + len(ahead)))
@@ -240,6 +243,30 @@ def _receiver_into(
         return len(data)
 
     return receive_into
+
+
+class _SocketReceiver:
+    """Takes from a socket, and is woken for bulk data only once a good part of it is there.
+
+    To wake a task takes as long as to copy what a socket delivers at a time.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self._socket = sock
+        self._wake_bytes = 1
+
+    async def receive(self, buffer: memoryview, ahead: memoryview) -> int:
+        """As `_receiver_into` says. Raises OSError."""
+        # Invariant: never more than is left of the frame, which is all that the peer owes us. The
+        # end of the stream, and a window that is full before, wake as well (tcp(7)).
+        wake_bytes = min(len(buffer), _WAKE_BYTES_MAX) if len(buffer) >= _WAKE_BYTES_MIN else 1
+        if wake_bytes != self._wake_bytes:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_bytes)
+            self._wake_bytes = wake_bytes
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            with suppress(BlockingIOError):
+                return os.readv(self._socket.fileno(), [buffer, ahead])
 
 
 async def say_last(link: Link, event: Event) -> None:

@@ -1,10 +1,14 @@
 """What a link makes of a network that goes away: always an error that a new connection mends."""
 
+import os
+from functools import partial
+
 import pytest
 import trio
+import trio.testing
 
 from replicator.link import Link, LinkLost
-from replicator.messages import Bye, Hello, Welcome
+from replicator.messages import Begin, Bye, Data, DiskInfo, Hello, Open, Opened, Ping, Welcome
 
 SILENCE_SECONDS_MAX = 0.2
 pytestmark = pytest.mark.trio
@@ -89,3 +93,51 @@ async def test_what_the_kernel_holds_is_counted() -> None:
     assert link._unsent() == 0
     await peer.aclose()
     await link.close()
+
+
+async def passing() -> tuple[Link, Link]:
+    """Both ends of a TCP connection, in the middle of a pass."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    address = listener.socket.getsockname()
+    sender = Link(await trio.open_tcp_stream(*address), "sender")
+    receiver = Link(await listener.accept(), "receiver")
+    await listener.aclose()
+    disks = [DiskInfo("a", 1 << 30, 65536)]
+    for link, other, event in (
+        (sender, receiver, Hello([1], "replicate", 0)),
+        (receiver, sender, Welcome(1)),
+        (sender, receiver, Open("r", "s", "i", "g", 1, disks)),
+        (receiver, sender, Opened("new", None, None, None)),
+        (sender, receiver, Begin(1, "fill")),
+    ):
+        await link.send(event)
+        assert await other.receive() == event
+    return sender, receiver
+
+
+async def test_bulk_data_that_fills_all_buffers_comes_whole_and_what_follows_it_too() -> None:
+    """More than one call takes, ending in less than a receiver likes to be woken for."""
+    blobs = [os.urandom(length) for length in (*12 * [1 << 20], 700_001, 65_537, 3)]
+    with trio.fail_after(30):
+        sender, receiver = await passing()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(sender.send, *(Data.of(0, 0, blob) for blob in blobs)))
+            # What nobody takes yet fills the kernel's buffers.
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            for blob in blobs:
+                event = await receiver.receive()
+                assert isinstance(event, Data) and event.content() == blob
+        await sender.send(Ping(7))
+        assert await receiver.receive() == Ping(7)
+    await sender.close()
+    await receiver.close()
+
+
+async def test_a_connection_that_ends_inside_bulk_data_is_seen_at_once() -> None:
+    with trio.fail_after(10):
+        sender, receiver = await passing()
+    frame = b"".join(sender._connection.send(Data.of(0, 0, os.urandom(1 << 20))))
+    await sender._stream.send_all(frame[:100_000])
+    await sender.close()
+    assert "closed" in await lost(receiver.receive())
+    await receiver.close()
