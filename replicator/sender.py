@@ -262,9 +262,9 @@ class Session(Questions):
         await self._begin(epoch, "fill")
         for disk in range(len(disks)):
             extents = self._source.data_extents(disk, 0, disks[disk].size)
-            await self._send_ranges(
-                disk, ((o, o + n) for o, n in extents), holes=False, epoch=epoch
-            )
+            ranges = ((o, o + n) for o, n in extents)
+            await self._send_ranges(disk, ranges, holes=False, epoch=epoch)
+        log.info("all is sent; the target makes it durable")
         await self._commit(epoch, consistent=False)
 
     async def _compare(self, reached: m.Reached | None = None) -> None:
