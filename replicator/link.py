@@ -1,5 +1,6 @@
 """A stream that speaks the protocol: events in, events out."""
 
+import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -31,8 +32,9 @@ _AHEAD_BYTES = 16 << 10
 # One write of a stream that is not a socket; its deadline is for so much.
 _WRITE_BYTES = 256 << 10
 _BUFFERS_A_CALL_MAX = 256
-# Of a part of a frame that is at least so long, so much has to be there before a task is woken.
+# Of a part of a frame that is at least so long, so much is waited for, but no longer than that.
 _WAKE_BYTES_MIN, _WAKE_BYTES_MAX = 64 << 10, 512 << 10
+_WAKE_SECONDS_MAX = 0.1
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -257,16 +259,21 @@ class _SocketReceiver:
 
     async def receive(self, buffer: memoryview, ahead: memoryview) -> int:
         """As `_receiver_into` says. Raises OSError."""
-        # Invariant: never more than is left of the frame, which is all that the peer owes us. The
-        # end of the stream, and a window that is full before, wake as well (tcp(7)).
-        wake_bytes = min(len(buffer), _WAKE_BYTES_MAX) if len(buffer) >= _WAKE_BYTES_MIN else 1
-        if wake_bytes != self._wake_bytes:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_bytes)
-            self._wake_bytes = wake_bytes
+        # Never more than is left of the frame, which is all that the peer owes us.
+        self._wake_at(min(len(buffer), _WAKE_BYTES_MAX) if len(buffer) >= _WAKE_BYTES_MIN else 1)
         while True:
-            await trio.lowlevel.wait_readable(self._socket)
+            # Invariant: what a slow peer sends is counted soon; else it would be taken for dead.
+            seconds = _WAKE_SECONDS_MAX if self._wake_bytes > 1 else math.inf
+            with trio.move_on_after(seconds):
+                await trio.lowlevel.wait_readable(self._socket)
             with suppress(BlockingIOError):
                 return os.readv(self._socket.fileno(), [buffer, ahead])
+            self._wake_at(1)
+
+    def _wake_at(self, count: int) -> None:
+        if count != self._wake_bytes:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self._wake_bytes = count
 
 
 async def say_last(link: Link, event: Event) -> None:

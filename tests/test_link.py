@@ -8,7 +8,18 @@ import trio
 import trio.testing
 
 from replicator.link import Link, LinkLost
-from replicator.messages import Begin, Bye, Data, DiskInfo, Hello, Open, Opened, Ping, Welcome
+from replicator.messages import (
+    Begin,
+    Bye,
+    Data,
+    DiskInfo,
+    Event,
+    Hello,
+    Open,
+    Opened,
+    Ping,
+    Welcome,
+)
 
 SILENCE_SECONDS_MAX = 0.2
 pytestmark = pytest.mark.trio
@@ -129,6 +140,30 @@ async def test_bulk_data_that_fills_all_buffers_comes_whole_and_what_follows_it_
                 assert isinstance(event, Data) and event.content() == blob
         await sender.send(Ping(7))
         assert await receiver.receive() == Ping(7)
+    await sender.close()
+    await receiver.close()
+
+
+async def test_what_a_slow_peer_sends_of_bulk_data_counts_before_the_frame_is_whole() -> None:
+    """A receiver takes a sender for dead that answers nothing and of which no bytes come."""
+    with trio.fail_after(30):
+        sender, receiver = await passing()
+        blob = os.urandom(1 << 20)
+        frame = b"".join(sender._connection.send(Data.of(0, 0, blob)))
+        before = receiver.received_bytes
+        async with trio.open_nursery() as nursery:
+            events = trio.open_memory_channel[Event](1)
+
+            async def receive() -> None:
+                await events[0].send(await receiver.receive())
+
+            nursery.start_soon(receive)
+            for at in range(0, len(frame), 100_000):
+                await sender._stream.send_all(frame[at : at + 100_000])
+                while receiver.received_bytes - before < min(at + 100_000, len(frame)):
+                    await trio.sleep(0.01)
+            event = await events[1].receive()
+        assert isinstance(event, Data) and event.content() == blob
     await sender.close()
     await receiver.close()
 
