@@ -258,11 +258,13 @@ class _SocketReceiver:
         self._wake_bytes = 1
 
     async def receive(self, buffer: memoryview, ahead: memoryview) -> int:
-        """As `_receiver_into` says. Raises OSError."""
+        """As `_receiver_into` says. Raises OSError, or ClosedResourceError after `close`."""
         # Never more than is left of the frame, which is all that the peer owes us.
         self._wake_at(min(len(buffer), _WAKE_BYTES_MAX) if len(buffer) >= _WAKE_BYTES_MIN else 1)
         while True:
             # Invariant: what a slow peer sends is counted soon; else it would be taken for dead.
+            if self._socket.fileno() < 0:
+                raise trio.ClosedResourceError
             seconds = _WAKE_SECONDS_MAX if self._wake_bytes > 1 else math.inf
             with trio.move_on_after(seconds):
                 await trio.lowlevel.wait_readable(self._socket)
