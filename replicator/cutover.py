@@ -24,9 +24,9 @@ from replicator.estimate import Estimate
 from replicator.gating import held_gate
 from replicator.guest import Guest, held_guest
 from replicator.handover import (
-    PROMOTION_SECONDS_MAX,
     AskOutcome,
     NotConverged,
+    NotRecorded,
     OutcomeUnknown,
     hand_over,
     require_settled,
@@ -134,11 +134,12 @@ class Cutover:
         except OutcomeUnknown:
             # Whether the guest may go on is just what is not known.
             raise
-        except BaseException:
+        except BaseException as error:
             if begun and options.on_rollback is not None:
                 with trio.CancelScope(shield=True):
                     # Invariant: as for a guest of QEMU, with a record the guest does not go on.
-                    if not await trio.to_thread.run_sync(on_record, self._images):
+                    known = isinstance(error, NotRecorded)
+                    if known or not await trio.to_thread.run_sync(on_record, self._images):
                         await self._hook_noted("--on-rollback", options.on_rollback, "rolled-back")
             raise
         finally:
@@ -296,8 +297,8 @@ class Cutover:
             # From here on nothing may cut the steps short: the outcome has to be found out.
             with trio.CancelScope(shield=True):
                 unrecorded = await hand_over(
-                    *(self._source, self._link, record, self._ask_outcome, deadline),
-                    lambda: self._guest.in_hand and gate.begin_promotion(PROMOTION_SECONDS_MAX),
+                    *(self._source, self._link, record, self._ask_outcome, deadline, gate),
+                    lambda: self._guest.in_hand,
                     self._session.chain,
                 )
             mark("promote")

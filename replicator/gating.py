@@ -5,7 +5,7 @@ been stopped, or may wait for a disk that does not answer. It notices by `Gate.b
 """
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import trio
 
 from fusedisk.changemap import Control
 from fusedisk.gate import open_gate, take_lease
-from fusedisk.gateword import begin_promotion, close_gate, keep_closed
+from fusedisk.gateword import begin_promotion, close_gate, forget_time, keep_closed
 from replicator.handover import AnotherCutover, require_settled
 from replicator.running import one_error
-from replicator.source import Source
+from replicator.source import Copy, Source
 
 _LEASE_SECONDS = 5.0
 _RENEW_SECONDS = 1.0
@@ -25,10 +25,11 @@ _GRACE_SECONDS = 1.0
 
 
 class Gate:
-    """The closed gate of one cutover."""
+    """The closed gate of one cutover, under a lease."""
 
-    def __init__(self, control: Control, until: float) -> None:
-        self._control, self._until = control, until
+    def __init__(self, control: Control, lease: int, until: float) -> None:
+        self._control, self._lease, self._until = control, lease, until
+        self._withdrawn = False
         close_gate(control, max(self._seconds(), _GRACE_SECONDS))
 
     def begin_promotion(self, seconds: float) -> bool:
@@ -41,6 +42,39 @@ class Gate:
         self._until = trio.current_time() + seconds
         self._renew()
         return True
+
+    async def work(self, until: float, work: Callable[..., None], *arguments: object) -> bool:
+        """Do file work in a thread; False where ``until`` has come and it is left behind.
+
+        Invariant: the lease lasts as long as the work. Else it could change the record of a
+        cutover that begins meanwhile. Raises what the work raises.
+        """
+
+        def under_lease(lease: Copy) -> None:
+            try:
+                work(*arguments)
+            finally:
+                lease.close()
+
+        with trio.move_on_at(until):
+            lease = Copy(self._lease)
+            await trio.to_thread.run_sync(under_lease, lease, abandon_on_cancel=True)
+            return True
+        return False
+
+    def withdraw(self) -> None:
+        """Nothing is promoted, whatever is on record: the guest goes on, behind no fence."""
+        assert not self._withdrawn
+        self._withdrawn = True
+
+    def open(self, images: list[Path]) -> None:
+        """Let writers through, or refuse them where a promotion is on record."""
+        if not self._withdrawn:
+            open_gate(self._control, images)
+            return
+        # Invariant: PROMOTE was not sent, and is not under the token of a record that comes yet.
+        self._control.set_gate(False)
+        forget_time(self._control)
 
     def _seconds(self) -> float:
         return min(_LEASE_SECONDS, self._until - trio.current_time())
@@ -72,8 +106,8 @@ async def held_gate(source: Source, deadline: float) -> AsyncIterator[Gate]:
         # Once more: a cutover to another replica may have come first since this one began.
         require_settled(source)
         keeping = trio.CancelScope(shield=True)
+        gate = Gate(source.control, lease, deadline + _GRACE_SECONDS)
         try:
-            gate = Gate(source.control, deadline + _GRACE_SECONDS)
             with one_error():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(gate.keep, keeping)
@@ -82,6 +116,6 @@ async def held_gate(source: Source, deadline: float) -> AsyncIterator[Gate]:
                     finally:
                         keeping.cancel()
         finally:
-            open_gate(source.control, [Path(disk.path) for disk in source.record.disks])
+            gate.open([Path(disk.path) for disk in source.record.disks])
     finally:
         os.close(lease)

@@ -21,6 +21,7 @@ from fusedisk.errors import FuseDiskError, UsageError
 from fusedisk.fencing import on_record
 from replicator.attendant import Attendant, AttendantDied
 from replicator.attending import SILENCE_SECONDS_MAX
+from replicator.handover import NotRecorded
 from replicator.running import one_error
 
 _CONNECT_SECONDS_MAX = 15.0
@@ -262,8 +263,8 @@ async def held_guest(
 
 async def _roll_back(guest: Guest, images: list[Path], cause: BaseException) -> None:
     # Invariant: with *committing* or *fenced* on record the other side may be the disk, and a guest
-    # that goes on there must not go on here.
-    if on_record(images):
+    # that goes on there must not go on here. In a thread: the disk may be one that hangs.
+    if not isinstance(cause, NotRecorded) and await trio.to_thread.run_sync(on_record, images):
         return
     try:
         await guest.resume()

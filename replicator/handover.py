@@ -18,14 +18,19 @@ Invariants, each of which the model in tests/cutover_model.py shows to be needed
   gone hold nobody's writes.
 - PROMOTE is sent only after the gate was found closed and, in the same step, made one that opens
   only behind the fence (fusedisk.gateword): the server lets go the gate of a sender that hangs.
+- A record that a disk takes too long to write is left to its thread, which takes it back and holds
+  the lease until then. PROMOTE is not sent, so the guest goes on, whatever is on record meanwhile.
 """
+
+from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
@@ -49,6 +54,9 @@ from replicator.proof import Differs
 from replicator.source import Source
 from replicator.transport.connecting import Connect
 
+if TYPE_CHECKING:
+    from replicator.gating import Gate
+
 log = logging.getLogger("replicator.handover")
 
 _ANSWER_SECONDS_MAX = 30.0
@@ -57,6 +65,8 @@ HELD_SECONDS_MAX = 30.0
 _ASK_AGAIN_SECONDS = 0.5
 PROMOTION_SECONDS_MAX = _ANSWER_SECONDS_MAX + HELD_SECONDS_MAX + 5.0
 """How long a sender that lives may keep writes held for a promotion."""
+_DISK_SECONDS_MAX = 10.0
+"""How long a record that is to be changed is waited for once PROMOTE may have been sent."""
 
 AskOutcome: TypeAlias = Callable[[FenceRecord], Awaitable[str]]
 """`resolve` over a connection of its own."""
@@ -71,6 +81,13 @@ class NotConverged(FuseDiskError):
     """The bound on the downtime could not be kept; the guest goes on at the source."""
 
     exit_code = 3
+
+
+class NotRecorded(NotConverged):
+    """*committing* could not be recorded in time: what there is of it is taken back later.
+
+    Nothing is promoted, and the guest goes on at the source, also beside the record.
+    """
 
 
 class OutcomeUnknown(FuseDiskError):
@@ -107,35 +124,30 @@ async def hand_over(
     record: FenceRecord,
     ask_outcome: AskOutcome,
     deadline: float,
-    begin: Callable[[], bool],
+    gate: Gate,
+    in_hand: Callable[[], bool],
     chain: Chain,
 ) -> str | None:
     """Promote the target and fence the source; the gate is closed, the record says *committing*.
 
     Returns what went wrong with the record *fenced* of a target that is promoted. Until PROMOTE is
-    sent ``deadline`` holds. ``begin`` makes the gate one that opens only behind the fence, and says
-    whether guest and gate were still held. ``chain`` says what root the replica has to have, if
-    that is known. Raises NotConverged, Differs or FuseDiskError where the guest may go on,
-    OutcomeUnknown where it may not. To be called where nothing can cancel it.
+    sent ``deadline`` holds. ``in_hand`` says whether the guest is still held. ``chain`` says what
+    root the replica has to have, if that is known. Raises NotConverged, Differs or FuseDiskError
+    where the guest may go on, OutcomeUnknown where it may not. To be called where nothing can
+    cancel it.
     """
     images = [Path(disk.path) for disk in source.record.disks]
-    try:
-        await trio.to_thread.run_sync(record_fence, images, record)
-    except OSError as error:
-        # Nothing was said to the target, so the outcome is known.
-        await _take_back(source, images)
-        raise FuseDiskError(
-            f"cannot record the cutover beside the images: {error}; the guest goes on at the source"
-        ) from None
+    recorded = await _record(source, images, record, gate, deadline)
     # Invariant: recorded first. Whoever lets the gate or the guest go from now on knows of it.
-    if trio.current_time() > deadline or not begin():
-        await _take_back(source, images)
+    held = recorded and trio.current_time() <= deadline and in_hand()
+    if not held or not gate.begin_promotion(PROMOTION_SECONDS_MAX):
+        await _take_back(source, images, gate)
         raise NotConverged(
             "the last epoch took longer than --max-downtime; the guest goes on at the source, "
             "try again or allow more"
         )
     if not source.mounted:
-        await _take_back(source, images)
+        await _take_back(source, images, gate)
         raise FuseDiskError(
             "the disks were unmounted during the cutover, and nothing was promoted; if they are "
             "mounted again and refuse writes, run 'replicator resolve'; then start again"
@@ -147,7 +159,7 @@ async def hand_over(
     except _NO_ANSWER as error:
         outcome = await _ask_again(source, record, ask_outcome, error)
         if outcome != "promoted":
-            await _take_back(source, images)
+            await _take_back(source, images, gate)
             if isinstance(error, Unequal):
                 raise Differs(
                     f"{error}; the guest goes on at the source, which compares the disks"
@@ -159,7 +171,7 @@ async def hand_over(
         # It may have been another promotion, which compared nothing.
         chain.doubt()
     try:
-        await trio.to_thread.run_sync(settle, source, images, record, "promoted")
+        await _in_time(gate, settle, source, images, record, "promoted")
     except OSError as error:
         # *committing* refuses writes as well, and resolve turns it into *fenced*.
         log.error("cannot record the fence: %s", error)
@@ -167,14 +179,82 @@ async def hand_over(
     return None
 
 
-async def _take_back(source: Source, images: list[Path]) -> None:
+class _Recording:
+    """*committing*, written by a thread that takes it back itself once nobody waits for it."""
+
+    def __init__(self, images: list[Path], record: FenceRecord) -> None:
+        self._images, self._record = images, record
+        self._lock = threading.Lock()
+        self._ended = self._withdrawn = False
+
+    def write(self) -> None:
+        """The work of the thread. Raises OSError."""
+        try:
+            record_fence(self._images, self._record)
+        finally:
+            with self._lock:
+                self._ended = True
+            if self._withdrawn:
+                self._take_back()
+
+    def _take_back(self) -> None:
+        try:
+            clear_fence(self._images)
+        except OSError as error:
+            log.error(
+                "nothing was promoted, but the record of it cannot be removed: %s; the next mount "
+                "refuses writes until 'replicator resolve' has removed it",
+                error,
+            )
+        else:
+            log.info("the disk answered: the record of the cutover is taken back")
+
+    def withdraw(self) -> bool:
+        """Leave it to the thread; False where that has ended already."""
+        with self._lock:
+            self._withdrawn = not self._ended
+        return self._withdrawn
+
+
+async def _record(
+    source: Source, images: list[Path], record: FenceRecord, gate: Gate, deadline: float
+) -> bool:
+    """Make *committing* durable by ``deadline``; False where it may be there, but came too late.
+
+    Raises FuseDiskError; then the guest may go on.
+    """
+    recording = _Recording(images, record)
+    try:
+        ended = await gate.work(deadline, recording.write)
+    except OSError as error:
+        # Nothing was said to the target, so the outcome is known.
+        await _take_back(source, images, gate)
+        raise FuseDiskError(
+            f"cannot record the cutover beside the images: {error}; the guest goes on at the source"
+        ) from None
+    if not ended and recording.withdraw():
+        gate.withdraw()
+        raise NotRecorded(
+            "the cutover could not be recorded beside the images within --max-downtime; nothing "
+            "was promoted and the guest goes on at the source; see whether their disk answers"
+        )
+    return ended
+
+
+async def _in_time(gate: Gate, work: Callable[..., None], *arguments: object) -> None:
+    """Change a record. Raises OSError, also where the disk does not answer."""
+    if not await gate.work(trio.current_time() + _DISK_SECONDS_MAX, work, *arguments):
+        raise TimeoutError(f"its disk has not answered for {_DISK_SECONDS_MAX:g} s")
+
+
+async def _take_back(source: Source, images: list[Path], gate: Gate) -> None:
     """Remove *committing*, where the target never promotes under it.
 
     Raises OutcomeUnknown where that fails: a record that is left refuses writes, here and after
     every mount, so nobody may be told that the guest goes on.
     """
     try:
-        await trio.to_thread.run_sync(clear_fence, images)
+        await _in_time(gate, clear_fence, images)
     except OSError as error:
         source.control.set_fence(True)
         raise OutcomeUnknown(
@@ -249,6 +329,9 @@ def require_settled(source: Source) -> None:
 
 def outcome_of(source: Source, error: FuseDiskError) -> str:
     """What may be said of a cutover that failed: ``rolled-back`` only where the guest goes on."""
+    if isinstance(error, NotRecorded):
+        # What is on record is this cutover's, or a later one's.
+        return "rolled-back"
     if isinstance(error, OutcomeUnknown | AnotherCutover):
         return "unknown"
     try:
@@ -281,6 +364,9 @@ def settling(source: Source) -> Iterator[FenceRecord | None]:
         if record is None and source.control.fenced:
             # Whoever removed the record for good was killed before lowering the fence.
             source.control.set_fence(False)
+        elif record is not None and record.state == "fenced":
+            # A mount that looked before the record was there: see replicator.resolving.
+            source.control.set_fence(True)
         yield record
     finally:
         os.close(lease)

@@ -49,6 +49,12 @@ def resolve_at_source(
             _look_for_promotion(source, images, name, assume, settings)
         else:
             _settle_cutover(source, images, record, name, assume, settings)
+        if not source.mounted:
+            # Invariant: a mount publishes its control file before it looks for a record. So one
+            # that took the place of ours has seen what is settled now, or is found here.
+            raise FuseDiskError(
+                f"{mountpoint} was unmounted meanwhile; if it is mounted again, run this once more"
+            )
         if qmp is not None:
             # Invariant: with the lease still held no cutover promotes what is the disk here.
             asyncio.run(conclude(qmp, images))

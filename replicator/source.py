@@ -22,17 +22,24 @@ _QUIET_POLL_SECONDS = 0.001
 _MEASURE_SECONDS = 1.0
 
 
-class _Copy:
-    """A descriptor of its own for a thread, open until the last one who uses it is done."""
+class Copy:
+    """A descriptor of its own for a thread, open until it is closed or nobody has it any more."""
 
     def __init__(self, fd: int) -> None:
         self._fd = os.dup(fd)
 
     def fileno(self) -> int:
+        """The descriptor."""
         return self._fd
 
+    def close(self) -> None:
+        """Close it; repeating that is fine."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def __del__(self) -> None:
-        os.close(self._fd)
+        self.close()
 
 
 class Source:
@@ -81,10 +88,10 @@ class Source:
     async def sync(self) -> None:
         """Sync the images. Cancelled, it leaves what hangs to itself. Raises OSError."""
         for fd in self.fds:
-            copy = _Copy(fd)
+            copy = Copy(fd)
             await trio.to_thread.run_sync(self._sync, copy, abandon_on_cancel=True)
 
-    def _sync(self, copy: "_Copy") -> None:
+    def _sync(self, copy: Copy) -> None:
         try:
             os.fsync(copy)
         except OSError:

@@ -4,7 +4,8 @@ Who takes part, each step of each being one transition:
 
 sender     closes the gate, records *committing* beside two images one after the other, makes the
            gate one that opens only behind the fence, sends PROMOTE, waits; asks again over a new
-           connection; fences or rolls back, image by image; gives up
+           connection; fences or rolls back, image by image; gives up. Records that take too long
+           it leaves to a thread, which takes them back, and lets the guest go on meanwhile
 resolver   ``replicator resolve``: takes the lease, asks, settles image by image
 server     opens or fences a gate whose holder died, or whose time is over. There is no clock here:
            it may be over at any moment, and a sender that was stopped goes on at any later one
@@ -33,16 +34,16 @@ Checked in every reachable state:
 - resolve settles: where nothing holds the lease, running it to its end, undisturbed, leaves exactly
   one side writable
 
-With no mutation all hold in all of the 14541 states. Each of `MUTATIONS` leaves out one thing that
+With no mutation all hold in all of the 15133 states. Each of `MUTATIONS` leaves out one thing that
 the code does, and breaks one of them, which shows that the model can tell.
 """
 
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+
+from cutover_state import IMAGES, Process, State, Step, record_of, say, with_record, writable
 
 ATTEMPTS = 2
-IMAGES = 2
 FORCED = -1
 
 MUTATIONS = (
@@ -62,69 +63,12 @@ MUTATIONS = (
     "promote does not ask for the gate",
     "the gate is only looked at before promote",
     "a gate whose time is over opens in any case",
+    "a record left behind is not under the lease",
 )
 
 
 class Violation(Exception):
     """An invariant does not hold; the text says which, and the steps that led there."""
-
-
-class Process(NamedTuple):
-    """A sender or resolver: what it does next, about which token; how many images are done."""
-
-    at: str = "off"
-    token: int = 0
-    done: int = 0
-    stale: bool = False
-    """Whether the mount that it knows is gone."""
-
-
-class State(NamedTuple):
-    """Everything, in memory and on disk."""
-
-    mounted: bool = True
-    mounting: str = ""
-    """What a mount that takes the place of another has come to."""
-    gate: bool = False
-    fence: bool = False
-    begun: bool = False
-    written: bool = True
-    records: tuple[tuple[str, int], ...] = (("none", 0),) * IMAGES
-    lease: str = ""
-    attempts: int = 0
-    sender: Process = Process()
-    resolver: Process = Process()
-    network: frozenset[tuple[str, int]] = frozenset()
-    session: int | None = None
-    promoted: int | None = None
-    void: frozenset[int] = frozenset()
-
-
-Step = tuple[str, State]
-
-
-def record_of(state: State) -> tuple[str, int]:
-    """What `fusedisk.fencing.read_fence` finds: the gravest record."""
-    for kind in ("fenced", "committing"):
-        for record in state.records:
-            if record[0] == kind:
-                return record
-    return "none", 0
-
-
-def writable(state: State) -> bool:
-    """Whether the source takes writes."""
-    return state.mounted and not state.gate and not state.fence
-
-
-def with_record(state: State, image: int, kind: str, token: int) -> State:
-    records = list(state.records)
-    records[image] = kind, token
-    return state._replace(records=tuple(records))
-
-
-def say(state: State, kind: str, token: int) -> State:
-    return state._replace(network=state.network | {(kind, token)})
 
 
 class Model:
@@ -135,7 +79,8 @@ class Model:
         self._mutation = mutation
 
     def steps(self, state: State) -> Iterator[Step]:
-        for who in (self._sender, self._resolver, self._server, self._target, self._faults):
+        everybody = (self._sender, self._thread, self._resolver, self._server, self._target)
+        for who in (*everybody, self._faults):
             for name, following in who(state):
                 # A guest writes whenever it may.
                 written = following.written or writable(following)
@@ -171,6 +116,17 @@ class Model:
                 if self._is("promote is sent before committing"):
                     yield "the sender sends PROMOTE early", say(s, "promote", p.token)
                 yield from self._per_image(s, "sender", "committing", "recorded")
+                # The guest goes on; the thread may come to write the rest at any time.
+                leaves = s if p.stale else s._replace(gate=False, begun=False)
+                kept = not self._is("a record left behind is not under the lease")
+                yield (
+                    "the record is left behind",
+                    leaves._replace(
+                        lease="thread" if kept else "",
+                        sender=Process(),
+                        thread=p._replace(at="recording"),
+                    ),
+                )
             case "recorded":
                 yield "the bound is exceeded", self._at(s, "sender", "taking back")
                 # The gate of a mount that is gone stays as it was.
@@ -201,6 +157,15 @@ class Model:
                 yield from self._answers(s, "sender")
             case _:
                 yield from self._settling(s, "sender")
+
+    def _thread(self, s: State) -> Iterator[Step]:
+        match s.thread.at:
+            case "recording":
+                yield from self._per_image(s, "thread", "committing", "taking back")
+            case "taking back":
+                yield from self._per_image(s, "thread", "none", "done")
+            case "done":
+                yield "the thread ends", self._end(s, "thread")
 
     def _resolver(self, s: State) -> Iterator[Step]:
         if s.resolver.at == "off":
@@ -279,7 +244,8 @@ class Model:
 
     @staticmethod
     def _process(s: State, who: str) -> Process:
-        return s.sender if who == "sender" else s.resolver
+        process: Process = getattr(s, who)
+        return process
 
     def _at(self, s: State, who: str, at: str) -> State:
         p = self._process(s, who)
@@ -332,8 +298,11 @@ class Model:
     def _faults(self, s: State) -> Iterator[Step]:
         for message in s.network:
             yield f"{message} is lost", s._replace(network=s.network - {message})
-        if s.sender.at != "off":
+        if s.sender.at != "off" and s.thread.at == "off":
             yield "the sender is killed", self._end(s, "sender")
+        if s.thread.at != "off":
+            killed = self._end(s, "sender") if s.sender.at != "off" else s
+            yield "the sender with its thread is killed", self._end(killed, "thread")
         if s.resolver.at != "off":
             yield "resolve is killed", self._end(s, "resolver")
         if s.session is not None:
@@ -343,7 +312,7 @@ class Model:
             lost = s._replace(
                 mounted=False, mounting="", gate=False, fence=False, begun=False, lease=""
             )
-            lost = lost._replace(sender=Process(), resolver=Process())
+            lost = lost._replace(sender=Process(), resolver=Process(), thread=Process())
             if self._is("committing is not synced"):
                 kept = tuple(("none", 0) if r[0] == "committing" else r for r in s.records)
                 lost = lost._replace(records=kept)

@@ -68,9 +68,10 @@ class Cutting:
 
     def cut(self, during: Callable[[], Awaitable[None]] | None = None, **options: Any) -> Outcome:
         """Cut over once the replica follows, while ``during`` runs beside it."""
+        options = {"downtime_seconds_max": 30, **options}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cutover, "require_settled", self._begin)
-            return trio.run(self._cut, during, CutoverOptions(downtime_seconds_max=30, **options))
+            return trio.run(self._cut, during, CutoverOptions(**options))
 
     def _begin(self, source: Source) -> None:
         """Once the cutover has begun, so that its own first pass sends it, write something."""
@@ -225,6 +226,30 @@ def test_a_mount_that_took_the_place_of_ours_stays_the_disk(
     assert isinstance(told, FuseDiskError) and "unmounted during" in str(told), told
     assert cutting.record is None and not cutting.promoted
     assert cutting.source_writable()
+
+
+def test_a_mount_that_missed_a_promotion_is_found_by_resolve(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked for a record before that was there, and is not the mount that was fenced."""
+    pair.receive()
+    pair.once()
+    assert replicator("promote", pair.store / "r").returncode == 0
+
+    def record(images: list[Path], what: FenceRecord) -> None:
+        assert fusedisk("unmount", pair.mount.mountpoint).returncode == 0
+        pair.mount.mount()
+        record_fence(images, what)
+
+    def resolve() -> None:
+        resolving.resolve_at_source(pair.mount.mountpoint, None, None, Settings(), None)
+
+    monkeypatch.setattr(handover, "record_fence", record)
+    with pytest.raises(FuseDiskError, match="run this once more"):
+        resolve()
+    resolve()
+    with pytest.raises(OSError):
+        guest_write(pair.mount.disk(0), b"is it the disk?", 0)
 
 
 class Tampering(Guest):
