@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -21,6 +22,8 @@ from replicator.pointview import PointView
 from replicator.records import Piece
 
 _PIECE_BYTES = 1 << 20
+
+Writer = TypeVar("Writer", JournalWriter, ClonePass)
 
 
 def promoted_text(name: str, manifest: Manifest, *, ours: bool) -> str:
@@ -62,25 +65,22 @@ def rollback_journal(
 
     No journal may be pending. Raises OSError or FuseDiskError; then nothing has changed.
     """
-    view = PointView(files, directory, manifest, point_id)
-    try:
-        if view.point.id == manifest.points[-1].id:
-            return None
+
+    def begin(view: PointView) -> JournalWriter:
         base = manifest.committed
         header = JournalHeader(uuid.uuid4().hex, manifest.source_id, *base, view.point.epoch)
-        writer = JournalWriter(files, directory, 0, header)
-        try:
-            for disk, fd in enumerate(fds):
-                _write_back(files, view, writer, disk, fd)
-            ref = writer.seal(view.point.generation, view.point.epoch, now)
-            ref = msgspec.structs.replace(ref, frozen=view.point.frozen)
-        except BaseException:
-            writer.drop()
-            raise
-        writer.close()
-        return ref
-    finally:
-        view.close()
+        return JournalWriter(files, directory, 0, header)
+
+    def fill(view: PointView, writer: JournalWriter) -> None:
+        for disk, fd in enumerate(fds):
+            ranges = view.overwritten(disk) if view.clone is None else _differing(view, disk, fd)
+            for start, end, is_data in ranges:
+                if is_data:
+                    # Invariant: applying what was committed never ends for want of room.
+                    files.reserve(fd, start, end - start)
+                _write_back(view, writer, disk, start, end, is_data=is_data)
+
+    return _sealed(PointView(files, directory, manifest, point_id), manifest, begin, fill, now)
 
 
 def rollback_clones(
@@ -92,44 +92,59 @@ def rollback_clones(
     now: float,
 ) -> JournalRef | None:
     """As `rollback_journal`, of a pass that is a clone of what the point lies over."""
-    view = PointView(files, directory, manifest, point_id)
+
+    def begin(view: PointView) -> ClonePass:
+        return ClonePass(files, directory, [view.file(disk) for disk in range(len(fds))])
+
+    def fill(view: PointView, writer: ClonePass) -> None:
+        for disk in range(len(fds)):
+            # Also where nothing was overwritten: the clone itself is the way back.
+            writer.file(disk)
+            for start, end, is_data in view.overwritten(disk):
+                _write_back(view, writer, disk, start, end, is_data=is_data)
+
+    return _sealed(PointView(files, directory, manifest, point_id), manifest, begin, fill, now)
+
+
+def _sealed(
+    view: PointView,
+    manifest: Manifest,
+    begin: Callable[[PointView], Writer],
+    fill: Callable[[PointView, Writer], None],
+    now: float,
+) -> JournalRef | None:
+    """The pass to the point of ``view``, which is closed; None where the images are there."""
     try:
         if view.point.id == manifest.points[-1].id:
             return None
-        writer = ClonePass(files, directory, [view.file(disk) for disk in range(len(fds))])
+        writer = begin(view)
         try:
-            for disk in range(len(fds)):
-                # Also where nothing was overwritten: the clone itself is the way back.
-                writer.file(disk)
-                for start, end, is_data in view.overwritten(disk):
-                    if not is_data:
-                        writer.zero(disk, start, end - start)
-                        continue
-                    for at in range(start, end, _PIECE_BYTES):
-                        data = view.read(disk, at, min(_PIECE_BYTES, end - at))
-                        writer.data([Piece(disk, at, memoryview(data))])
+            fill(view, writer)
             ref = writer.seal(view.point.generation, view.point.epoch, now)
-            ref = msgspec.structs.replace(ref, frozen=view.point.frozen)
         except BaseException:
             writer.drop()
             raise
         writer.close()
-        return ref
+        return msgspec.structs.replace(ref, frozen=view.point.frozen)
     finally:
         view.close()
 
 
-def _write_back(files: Files, view: PointView, writer: JournalWriter, disk: int, fd: int) -> None:
-    ranges = view.overwritten(disk) if view.clone is None else _differing(view, disk, fd)
-    for start, end, is_data in ranges:
-        if not is_data:
-            writer.zero(disk, start, end - start)
-            continue
-        # Invariant: applying what was committed never ends for want of room.
-        files.reserve(fd, start, end - start)
-        for at in range(start, end, _PIECE_BYTES):
-            data = view.read(disk, at, min(_PIECE_BYTES, end - at))
-            writer.data([Piece(disk, at, memoryview(data))])
+def _write_back(
+    view: PointView,
+    writer: JournalWriter | ClonePass,
+    disk: int,
+    start: int,
+    end: int,
+    *,
+    is_data: bool,
+) -> None:
+    if not is_data:
+        writer.zero(disk, start, end - start)
+        return
+    for at in range(start, end, _PIECE_BYTES):
+        data = view.read(disk, at, min(_PIECE_BYTES, end - at))
+        writer.data([Piece(disk, at, memoryview(data))])
 
 
 def _differing(view: PointView, disk: int, fd: int) -> Iterator[tuple[int, int, bool]]:
