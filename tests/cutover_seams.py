@@ -205,6 +205,9 @@ class SeamedCutover(World):
         self._sender = Process(name, self.threads)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sender.run, main)
+        if self._sender.dead:
+            # What it had open, a lease among that, may be held by its exceptions.
+            gc.collect()
         self._sender = None
 
     def _follower(self, source: Source) -> Follower:
@@ -255,8 +258,6 @@ class SeamedCutover(World):
                 # A gate whose holder is dead is found by a write.
                 self._write()
                 await self._as_process("resolve", self._resolve)
-                # The files of the dead, a lease among them, may be held by their exceptions.
-                gc.collect()
                 record = read_fence(self.mount.paths) if self.mount.mounted else None
                 if self.mount.mounted and (record is None or record.state == "fenced"):
                     return
