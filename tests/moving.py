@@ -69,28 +69,12 @@ class Move:
         disks = [mount.disk(number) for number in range(len(mount.images))]
         return self.boot(name, disks, uri)
 
-    def go_home(self, home: Callable[..., Mount]) -> RecordingGuest:
-        """After the move: let the old images follow, and move the guest back to them."""
+    def prepare_home(self, home: Callable[..., Mount]) -> "Home":
+        """After the move: let the old images follow, with a QEMU that waits on them."""
         assert self.sender.wait(60) == 0
         self.source.close()
         self.mount.unmount()
-        store = self.folder / "home-store"
-        store.mkdir()
-        adopted = self._run("adopt.log", "adopt", store / "r", *self.mount.images)
-        assert adopted.wait(60) == 0, self.log("adopt.log")
-        address = f"unix://{self.folder / 'h'}"
-        self._run("receive-home.log", "receive", "--store", store, address)
-        wait_for((self.folder / "h").exists, "the receiver listens")
-        replicas = [store / "r" / image.name for image in self.mount.images]
-        uri = f"unix:{self.folder / 'ram-home'}"
-        guest = self.boot_standing_by("home", home(*replicas, name="mnt-home"), uri)
-        words = ("start", "--name", "r", "--rpo", "0.5", self.away.mountpoint, address)
-        self._run("start-home.log", *words)
-        self.wait_for_state("following", self.away)
-        words = ("--max-downtime", "20000", "--qmp", self.target.qmp, "--migrate-to", uri, "--json")
-        moved = self._run("home.log", "cutover", *words, self.away.mountpoint)
-        assert moved.wait(120) == 0, self.log("home.log")
-        return guest
+        return Home(self, home)
 
     def _run(self, log: str, *words: str | Path) -> subprocess.Popen[bytes]:
         with (self.folder / log).open("ab") as file:
@@ -179,3 +163,26 @@ class Move:
 
     def close(self) -> None:
         self._stack.close()
+
+
+class Home(Move):
+    """The way back, once a guest has moved to disks in a mount: all is what it is on the way out,
+    and ends with that.
+    """
+
+    def __init__(self, out: Move, home: Callable[..., Mount]) -> None:
+        self.folder, self.mount, self._stack = out.folder / "home", out.away, out._stack
+        self.folder.mkdir()
+        self.store = self.folder / "store"
+        self.store.mkdir()
+        adopted = self._run("adopt.log", "adopt", self.store / "r", *out.mount.images)
+        assert adopted.wait(60) == 0, self.log("adopt.log")
+        self.receiver = self.receive()
+        self.proxy = self._stack.enter_context(Proxy(f"unix://{self.folder / 's'}"))
+        self.replicas = [self.store / "r" / image.name for image in out.mount.images]
+        self.uri = f"unix:{self.folder / 'ram'}"
+        self.source, self.away = out.target, home(*self.replicas, name="mnt-home")
+        self.target = self.boot_standing_by("target", self.away, self.uri)
+        self.target_disks = [self.away.disk(number) for number in range(len(self.replicas))]
+        self.sender = self._send()
+        self.wait_for_state("following")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Mount, wait_for
 from moving import Move
+from recording_guest import RecordingGuest
 
 FAULTS = int(os.environ.get("FUSEDISK_MOVES", "2"))
 SEED = int(os.environ.get("FUSEDISK_MOVE_SEED", "0"))
@@ -81,10 +82,28 @@ def test_the_guest_goes_on_at_exactly_one_side(start: Callable[..., Move], numbe
     victim = VICTIMS[(SEED + number) % len(VICTIMS)]
     mounted = chance.choice([True, False])
     move = start(chance.choice([1, 2]), mounted=mounted)
+    strike(move, chance, victim)
+
+
+@pytest.mark.parametrize("number", range(max(1, FAULTS // 2)))
+def test_a_guest_on_its_way_home_goes_on_at_exactly_one_side(
+    start: Callable[..., Move], fuse: Callable[..., Mount], number: int
+) -> None:
+    """The same for the cutover back, to the images that it came from."""
+    chance = random.Random(SEED * 1000 + 500 + number)
+    move = start(chance.choice([1, 2]), mounted=True)
+    assert move.cut_over().wait(120) == 0, move.log("cutover.log")
+    move.target.wait_for_records(3)
+    victim = VICTIMS[(SEED + number) % len(VICTIMS)]
+    strike(move.prepare_home(fuse), chance, victim, move.source)
+
+
+def strike(move: Move, chance: random.Random, victim: str, *before: RecordingGuest) -> None:
+    """Kill one or cut the link in a cutover; ``before`` are the guests up to the one that moves."""
     command = move.cut_over()
     phase = chance.choice(["converging", "memory", "switching", "after"])
     delay = chance.uniform(0, 0.3)
-    print(f"seed {SEED}, number {number}: {victim} {delay:.3f} s into {phase}, {mounted=}")
+    print(f"seed {SEED}: {victim} {delay:.3f} s into {phase}, {len(move.replicas)} disks")
     _wait_until(move, command, phase, delay)
     if victim == "link":
         move.proxy.down()
@@ -104,16 +123,16 @@ def test_the_guest_goes_on_at_exactly_one_side(start: Callable[..., Move], numbe
     print(f"promoted: {promoted}; {move.log('cutover.log')}")
     if not promoted:
         wait_for(lambda: move.source.status == "running", "the guest goes on", 60)
-        move.check(move.mount.images, move.source)
+        move.check(move.mount.images, *before, move.source)
         assert move.target.records == []
         return
     wait_for(lambda: move.source.status in ("postmigrate", "paused"), "it is not here", 60)
     if move.target.popen.poll() is None:
-        move.check(move.replicas, move.source, move.target)
+        move.check(move.replicas, *before, move.source, move.target)
     else:
         # The memory is lost with the one that held it, the disk is not: the guest starts anew.
         again = move.boot("again", move.target_disks)
-        move.check(move.replicas, move.source, move.target, again)
+        move.check(move.replicas, *before, move.source, move.target, again)
 
 
 def _wait_until(move: Move, command: subprocess.Popen[bytes], phase: str, delay: float) -> None:

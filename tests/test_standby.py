@@ -27,15 +27,13 @@ def test_a_running_guest_moves_away_and_home_again(
     try:
         assert move.cut_over().wait(120) == 0, move.log("cutover.log")
         move.target.wait_for_records(3)
-        away = move.target
-        home = move.go_home(fuse)
-        assert "only changes are sent" in move.log("start-home.log"), move.log("start-home.log")
-        sent = move.entry(move.away)["sent"]["data_bytes"]
+        back = move.prepare_home(fuse)
+        assert back.cut_over().wait(120) == 0, back.log("cutover.log")
+        assert "only changes are sent" in back.log("start.log"), back.log("start.log")
+        sent = back.entry()["sent"]["data_bytes"]
         assert sent < 16 << 20, "a whole disk was sent"
-        move.check(
-            [tmp_path / "home-store/r" / image.name for image in mount.images],
-            *(move.source, away, home),
-        )
+        away, home = move.target, back.target
+        back.check(back.replicas, move.source, away, home)
         records = move.records(move.source, away, home)
         assert len({record.boot for record in records}) == 1
         uptimes = [record.uptime for record in records]

@@ -101,23 +101,29 @@ def cut_over(
             seconds = time.monotonic() - begun
         if result.returncode not in (0, 3):
             raise SystemExit(f"cutover failed: {result.stderr}")
-        return result.returncode, json.loads(result.stdout.splitlines()[-1]), seconds
+        answer = json.loads(result.stdout.splitlines()[-1])
+        told = [answer.get(key) for key in ("outcome", "predicted_ms", "downtime_ms")]
+        # So that a long series can be measured in parts.
+        print(f"seed {seed}, {rate} writes/s, slowed {slowly}:", *told, flush=True, file=sys.stderr)
+        return result.returncode, answer, seconds
 
 
 def main() -> None:
     """Measure and print; fails where a downtime was longer than the bound."""
     parser = scratch_parser(__doc__ or "")
     parser.add_argument("--runs", type=int, default=5, help="for each load")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first")
     parser.add_argument("--bandwidth", default="none", metavar="RATE", help="of the link")
     parser.add_argument("--load", choices=list(_LOADS), help="only this one")
     parser.add_argument("--mib", type=int, default=128, help="size of the disk")
     parser.add_argument("--max-downtime", type=int, default=1000, metavar="MS")
     arguments = parser.parse_args()
     rows, late = [], 0
+    seeds = range(arguments.first, arguments.first + arguments.runs)
     for load, (rate, slowly) in _LOADS.items():
         if arguments.load not in (None, load):
             continue
-        answers = [cut_over(arguments, rate, slowly, seed) for seed in range(arguments.runs)]
+        answers = [cut_over(arguments, rate, slowly, seed) for seed in seeds]
         done = [(answer, seconds) for code, answer, seconds in answers if code == 0]
         real = sorted(answer["downtime_ms"] for answer, _ in done)
         predicted = sorted(answer["predicted_ms"] for answer, _ in done)
