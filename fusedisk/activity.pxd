@@ -1,6 +1,6 @@
 """What the data path calls of the activity log, without the interpreter's lock."""
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cdef extern from *:
     """
@@ -29,6 +29,9 @@ cdef struct Activity:
     uint64_t regions
     uint64_t blocks
     uint8_t *states
+    # The round in which an IDLE region was last seen BUSY; a checkpoint's own.
+    uint32_t *idle_since
+    uint32_t rounds
     uint8_t *newest
     uint64_t *sequences
     unsigned char generation[16]

@@ -11,7 +11,7 @@ time ages, then drops them. Files are written under one lock, states change by c
     COLD → WANTED      a writer is about to put the region on record
     WANTED → BUSY      it is on record, durably; the writer may go on
     BUSY → IDLE        age(): nobody has touched it since
-    IDLE → COOLING     age(cool=True): the checkpoint that began wants to drop it
+    IDLE → COOLING     age(cool=…): the checkpoint that began wants to drop it
     IDLE, COOLING → BUSY   a writer touched it: it is still on record, so without I/O
     COOLING → COLD     drop(): nobody has touched it since, and it is synced
 """
@@ -74,6 +74,8 @@ cdef enum:
     _BLOCK = 4096
     _HEAD = 48
     _REGIONS_IN_BLOCK = (4096 - 48) * 8
+    # Rounds of age(): almost three hours. What is idle for longer is equally old.
+    _AGES = 1024
 
 assert (BLOCK, HEAD, REGIONS_IN_BLOCK) == (_BLOCK, _HEAD, _REGIONS_IN_BLOCK)
 cdef bytes _MAGIC = MAGIC
@@ -155,6 +157,10 @@ cdef int _write_block(Activity *log, uint64_t block) noexcept nogil:
     return 0
 
 
+cdef inline int _rounds_idle(Activity *log, uint64_t region) noexcept nogil:
+    return <int>min(log.rounds - log.idle_since[region], <uint32_t>(_AGES - 1))
+
+
 cdef class ActivityLog:
     """The log of a mount that is served; ``generation`` is the mount's.
 
@@ -174,10 +180,14 @@ cdef class ActivityLog:
             raise OSError(EIO, os.strerror(EIO))
         self.log.regions, self.log.blocks = found.regions, len(found.sequences)
         self.log.states = <uint8_t *>calloc(self.log.regions, 1)
+        self.log.idle_since = <uint32_t *>calloc(self.log.regions, 4)
         self.log.newest = <uint8_t *>calloc(self.log.blocks, 1)
         self.log.sequences = <uint64_t *>calloc(self.log.blocks, 8)
         self.log.page = <char *>calloc(1, _BLOCK)
-        if not (self.log.states and self.log.newest and self.log.sequences and self.log.page):
+        if not (
+            self.log.states and self.log.idle_since and self.log.newest and self.log.sequences
+            and self.log.page
+        ):
             raise MemoryError
         self._generation = found.generation
         memcpy(self.log.generation, <char *>self._generation, 16)
@@ -196,6 +206,7 @@ cdef class ActivityLog:
         if self.log.fd >= 0:
             os.close(self.log.fd)
         free(self.log.states)
+        free(self.log.idle_since)
         free(self.log.newest)
         free(self.log.sequences)
         free(self.log.page)
@@ -220,22 +231,41 @@ cdef class ActivityLog:
         if failed:
             raise OSError(failed, os.strerror(failed))
 
-    def age(self, bint cool):
-        """Note who is busy from now on; with ``cool``, begin to drop what was idle.
+    def age(self, uint64_t cool):
+        """Note who is busy from now on; begin to drop ``cool`` of those idle before, or all.
 
-        Returns how many regions may be dropped after a checkpoint.
+        Those that nobody has touched for the longest time go first. Returns how many regions may
+        be dropped after a checkpoint.
         """
         cdef uint64_t region, cooling = 0
+        cdef uint64_t idle[_AGES]
         cdef uint8_t state
+        cdef int age
+        memset(idle, 0, sizeof(idle))
         with nogil:
+            self.log.rounds += 1
             for region in range(self.log.regions):
                 state = act_load(&self.log.states[region])
-                if state == BUSY:
-                    act_swap(&self.log.states[region], BUSY, IDLE)
-                elif state == IDLE and cool:
-                    cooling += act_swap(&self.log.states[region], IDLE, COOLING)
+                if state == IDLE:
+                    idle[_rounds_idle(&self.log, region)] += 1
                 elif state == COOLING:
                     cooling += 1
+                elif state == BUSY and act_swap(&self.log.states[region], BUSY, IDLE):
+                    self.log.idle_since[region] = self.log.rounds
+            age = _AGES - 1
+            while age > 1 and idle[age] < cool:
+                cool -= idle[age]
+                age -= 1
+            for region in range(self.log.regions if cool else 0):
+                if act_load(&self.log.states[region]) != IDLE:
+                    continue
+                if _rounds_idle(&self.log, region) < age:
+                    continue
+                if _rounds_idle(&self.log, region) == age:
+                    if not cool:
+                        continue
+                    cool -= 1
+                cooling += act_swap(&self.log.states[region], IDLE, COOLING)
         return cooling
 
     def count(self):

@@ -1,9 +1,11 @@
 """Checkpoints: taking regions off the activity log once nothing of them can be lost any more.
 
-A checkpoint is due when more than REGIONS_KEPT are on record and some of them were idle. It starts
-with an epoch of its own, so that it can wait for the writers that were at work. The order:
+A checkpoint is due when more than REGIONS_KEPT are on record and some of them were idle. It drops
+those that were idle for the longest time, and a few more than it has to, so that the next one is
+not due at once. It starts with an epoch of its own, so that it can wait for the writers that were
+at work. The order:
 
-    1. age(cool=True)                 who writes to a cooling region from now on keeps it
+    1. age(cool=…)                    who writes to a cooling region from now on keeps it
     2. next epoch, wait till quiet    every writer that saw it before is done
     3. sync images and change maps    so what they wrote is durable, with its marks
     4. drop()                         what is still cooling leaves the record
@@ -24,9 +26,10 @@ from fusedisk.state import MountRecord, sync_directory
 
 log = logging.getLogger("fusedisk.checkpoint")
 
-# 512 MiB: what a crash costs at least, in traffic. A guest that works within it never has a
-# checkpoint.
-REGIONS_KEPT = 32
+# 16 GiB: what a crash costs in traffic, unless more was written within seconds before it. A guest
+# that works within it never has a checkpoint. Fewer would let one that writes slowly all over a
+# large disk wait for a durable write again and again; DRBD keeps about as many (al-extents).
+REGIONS_KEPT = 1024
 _SECONDS = 10.0
 _QUIET_POLL_SECONDS = 0.005
 
@@ -64,7 +67,8 @@ async def checkpoint(
     ``files`` are descriptors of images and change maps that nobody else uses: a writeback error
     is reported once for each. Raises OSError: then nothing may leave the record any more.
     """
-    if not activity.age(cool=activity.count() > kept):
+    on_record = activity.count()
+    if not activity.age(cool=on_record - kept * 7 // 8 if on_record > kept else 0):
         return 0
     await trio.to_thread.run_sync(reserve, state, control)
     epoch = control.advance()

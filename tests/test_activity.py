@@ -109,7 +109,7 @@ def test_nothing_leaves_the_record_that_was_written_since(
 ) -> None:
     path = make(folder, 10)
     log = ActivityLog(path, GENERATION)
-    # What a checkpoint that began at the last age(cool=True) would have synced.
+    # What a checkpoint that began at the last age(cool=…) would have synced.
     dirty: set[int] = set()
     synced: set[int] = set()
     for step, region in history:
@@ -118,7 +118,7 @@ def test_nothing_leaves_the_record_that_was_written_since(
             dirty.add(region)
             synced.discard(region)
         elif step == "age":
-            log.age(cool=bool(region))
+            log.age(cool=region)
             if region:
                 synced = set(dirty)
         elif step == "drop":
@@ -137,12 +137,61 @@ def test_idle_regions_leave_after_two_rounds_and_busy_ones_stay(folder: Path) ->
     log = ActivityLog(path, GENERATION)
     log.heat(0, 0, 3 * REGION)
     assert on_disk(path) == [0, 1, 2]
-    assert log.age(cool=True) == 0
+    assert log.age(cool=4) == 0
     log.heat(0, REGION, 1)
-    assert log.age(cool=True) == 2
+    assert log.age(cool=4) == 2
     log.heat(0, 2 * REGION, 1)
     assert log.drop() == 1
     assert on_disk(path) == log.hot() == [1, 2]
+
+
+def test_those_idle_for_the_longest_time_leave_first(folder: Path) -> None:
+    path = make(folder, 2000)
+    log = ActivityLog(path, GENERATION)
+    order = [7, 3, 1999, 0, 5]
+    for region in order:
+        log.heat(0, region * REGION, 1)
+        log.age(cool=0)
+    # Back in use and idle again: the newest.
+    log.heat(0, 3 * REGION, 1)
+    log.age(cool=0)
+    assert log.age(cool=2) == 2
+    assert log.drop() == 2
+    assert on_disk(path) == [0, 3, 5]
+    # Of those that are equally old as many as were asked for; of those in use none.
+    log.heat(0, 10 * REGION, 4 * REGION)
+    log.age(cool=0)
+    log.heat(0, 0, 1)
+    assert log.age(cool=4) == 4
+    assert log.drop() == 4
+    assert on_disk(path) == [0, 12, 13]
+    # Long idle is no longer told apart, and still goes.
+    for _ in range(1100):
+        log.age(cool=0)
+    assert log.age(cool=99) == 3
+    assert log.drop() == 3
+    assert on_disk(path) == []
+
+
+def test_a_checkpoint_leaves_what_was_in_use_lately(tmp_path: Path) -> None:
+    """A slow writer all over a wide disk would else wait for the record again and again."""
+    control = Control.create(tmp_path / "control", 1, 1 << 20)
+    path = make(tmp_path, 400)
+    log = ActivityLog(path, GENERATION)
+
+    def due() -> int:
+        return trio.run(lambda: checkpoint(log, tmp_path, control, [], kept=160))
+
+    for region in range(160):
+        log.heat(0, region * REGION, 1)
+        if region % 16 == 0:
+            assert due() == 0
+    assert due() == 0
+    log.heat(0, 200 * REGION, 1)
+    # More than are kept: an eighth goes besides, so that the next one is not due at once.
+    assert due() == 21
+    assert on_disk(path) == [*range(21, 160), 200]
+    assert due() == 0
 
 
 def test_every_tear_of_a_write_leaves_what_was_durable(folder: Path) -> None:
