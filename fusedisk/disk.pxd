@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fusedisk.capture cimport Spills
-from fusedisk.activity cimport Activity, ActivityLog
+from fusedisk.activity cimport Activity, ActivityLog, pthread_mutex_t
 from fusedisk.changemap cimport ChangeMap, Control, Marks
 from fusedisk.mapped cimport Mapping
 
@@ -18,6 +18,9 @@ cdef struct DiskIO:
     uint32_t alignment
     uint32_t hole_block
     Mapping *mapping
+    # Of a file: held for a large write through the page cache.
+    bint one_writer
+    pthread_mutex_t writing
     char *control
     Marks marks
     Spills spills

@@ -8,5 +8,6 @@ cdef struct Mapping:
 
 cdef void mapping_begin(Mapping *mapping, int fd, uint64_t size) noexcept nogil
 cdef const char *mapped_now(Mapping *mapping, uint64_t offset, uint64_t length) noexcept nogil
+cdef bint mapped_cached(Mapping *mapping, uint64_t offset, uint64_t length) noexcept nogil
 cdef void mapping_forget(Mapping *mapping, int fd) noexcept nogil
 cdef void mapping_end(Mapping *mapping) noexcept nogil

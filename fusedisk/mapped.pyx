@@ -80,15 +80,20 @@ cdef extern from *:
                 return 0;
         return 1;
     }
+    static const char *mp_page(const char *at)
+    {
+        return (const char *)((uintptr_t)at & ~(MP_PAGE - 1));
+    }
     static const char *mp_use(const char *base, uint64_t offset, uint64_t length)
     {
-        const char *start = base + offset, *end = start + length;
-        const char *first = (const char *)((uintptr_t)start & ~(MP_PAGE - 1));
+        const char *start = base + offset, *end = start + length, *first = mp_page(start);
         return mp_cached(first, end) && mp_touch(first, end) ? start : NULL;
     }
     """
     void mp_contain() nogil
     char *mp_map(int fd, uint64_t length, char *over) nogil
+    const char *mp_page(const char *at) nogil
+    int mp_cached(const char *first, const char *end) nogil
     const char *mp_use(const char *base, uint64_t offset, uint64_t length) nogil
     int munmap(void *base, size_t length) nogil
 
@@ -104,6 +109,13 @@ cdef const char *mapped_now(Mapping *mapping, uint64_t offset, uint64_t length) 
     if mapping == NULL or mapping.base == NULL or length == 0:
         return NULL
     return mp_use(mapping.base, offset, length)
+
+
+cdef bint mapped_cached(Mapping *mapping, uint64_t offset, uint64_t length) noexcept nogil:
+    """Whether all pages of a range, which lies inside the image, were in the page cache just now."""
+    if mapping == NULL or mapping.base == NULL:
+        return False
+    return mp_cached(mp_page(mapping.base + offset), mapping.base + offset + length)
 
 
 cdef void mapping_forget(Mapping *mapping, int fd) noexcept nogil:
