@@ -24,29 +24,36 @@ class Served:
 
 
 @contextlib.contextmanager
+def images(scratch: Path, names: Sequence[str], size: int) -> Iterator[tuple[dict[str, Path], str]]:
+    """A copy of one image for each system, out of the page cache; with the engine for fio."""
+    need("fio", "qemu-storage-daemon", "gcc")
+    clean_up_when_terminated()
+    with tempfile.TemporaryDirectory(prefix="fusedisk-bench-", dir=scratch) as made:
+        copies = {}
+        for name in names:
+            folder = Path(made) / name.replace(" ", "-")
+            folder.mkdir()
+            copies[name] = folder / "disk.img"
+            make_image(copies[name], size)
+            settle(copies[name], drop=True)
+        yield copies, engine(Path(made))
+
+
+@contextlib.contextmanager
 def served(
-    scratch: Path, names: Sequence[str], size: int
+    scratch: Path, names: Sequence[str], size: int, cache: str = "writeback"
 ) -> Iterator[tuple[dict[str, Served], str]]:
     """Serve a copy of one image by each system, all at once; with the engine for fio.
 
     So those compared run seconds apart and meet the same disturbances.
     """
-    need("fio", "qemu-storage-daemon", "gcc")
-    clean_up_when_terminated()
-    with (
-        tempfile.TemporaryDirectory(prefix="fusedisk-bench-", dir=scratch) as made,
-        contextlib.ExitStack() as systems,
-    ):
+    with images(scratch, names, size) as (copies, how), contextlib.ExitStack() as systems:
         disks = {}
-        for name in names:
-            folder = Path(made) / name.replace(" ", "-")
-            folder.mkdir()
-            image = folder / "disk.img"
-            make_image(image, size)
-            settle(image, drop=True)
-            disks[name] = Served(image, systems.enter_context(SYSTEMS[name](image, folder)))
-            read_through(disks[name].path)
-        yield disks, engine(Path(made))
+        for name, image in copies.items():
+            opened = systems.enter_context(SYSTEMS[name](image, image.parent, cache))
+            disks[name] = Served(image, opened)
+            read_through(opened)
+        yield disks, how
 
 
 def fio(*words: str) -> list[dict[str, Any]]:

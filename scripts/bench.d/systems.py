@@ -12,23 +12,23 @@ from common import run
 
 from fusedisk import keeper
 
-# As many as the disk server has (fusedisk/server.py).
-NULL_THREADS = 4
+# As many as the disk server has (fusedisk/server.py), with the page cache and past it.
+NULL_THREADS = {"writeback": 4, "none": 6}
 _HERE = Path(__file__).parent
 
 
 @contextlib.contextmanager
-def raw(image: Path, _: Path) -> Iterator[Path]:
+def raw(image: Path, _folder: Path, _cache: str) -> Iterator[Path]:
     """The image itself."""
     yield image
 
 
 @contextlib.contextmanager
-def fusedisk(image: Path, folder: Path) -> Iterator[Path]:
+def fusedisk(image: Path, folder: Path, cache: str) -> Iterator[Path]:
     """This project."""
     mountpoint = folder / "mnt"
     mountpoint.mkdir(exist_ok=True)
-    run("fusedisk", "mount", image, mountpoint)
+    run("fusedisk", "mount", "--cache", cache, image, mountpoint)
     try:
         yield mountpoint / image.name
     finally:
@@ -52,8 +52,9 @@ def _daemon(folder: Path, name: str, *words: str) -> Iterator[None]:
         pidfile.unlink(missing_ok=True)
 
 
-def _file_node(image: Path) -> tuple[str, str]:
-    return "--blockdev", f"driver=file,node-name=disk,filename={image}"
+def _file_node(image: Path, cache: str) -> tuple[str, str]:
+    direct = "on" if cache == "none" else "off"
+    return "--blockdev", f"driver=file,node-name=disk,filename={image},cache.direct={direct}"
 
 
 def _fuse_export(disk: Path) -> tuple[str, str]:
@@ -62,16 +63,16 @@ def _fuse_export(disk: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def qemu(image: Path, folder: Path) -> Iterator[Path]:
+def qemu(image: Path, folder: Path, cache: str) -> Iterator[Path]:
     """QEMU's FUSE export of the image."""
     disk = folder / "qemu.img"
     disk.touch()
-    with _daemon(folder, "qemu", *_file_node(image), *_fuse_export(disk)):
+    with _daemon(folder, "qemu", *_file_node(image, cache), *_fuse_export(disk)):
         yield disk
 
 
 @contextlib.contextmanager
-def qemu_chain(image: Path, folder: Path) -> Iterator[Path]:
+def qemu_chain(image: Path, folder: Path, cache: str) -> Iterator[Path]:
     """Two daemons: QEMU's FUSE export of an NBD export, as its users need for mirroring."""
     disk, socket = folder / "chain.img", folder / "nbd"
     disk.touch()
@@ -79,14 +80,14 @@ def qemu_chain(image: Path, folder: Path) -> Iterator[Path]:
     nbd = ("--export", "type=nbd,id=export,node-name=disk,name=disk,writable=on")
     client = f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},export=disk"
     with (
-        _daemon(folder, "nbd", *_file_node(image), *listen, *nbd),
+        _daemon(folder, "nbd", *_file_node(image, cache), *listen, *nbd),
         _daemon(folder, "fuse", "--blockdev", client, *_fuse_export(disk)),
     ):
         yield disk
 
 
 @contextlib.contextmanager
-def null(image: Path, folder: Path) -> Iterator[Path]:
+def null(image: Path, folder: Path, cache: str) -> Iterator[Path]:
     """A FUSE server that touches no image."""
     program, disk = folder / "null_server", folder / "null.img"
     if not program.exists():
@@ -94,7 +95,7 @@ def null(image: Path, folder: Path) -> Iterator[Path]:
         subprocess.run(compiler, check=True)
     disk.touch()
     device = keeper.mount(str(disk), ["fsname=null", "rw"])
-    words = [program, str(device), str(image.stat().st_size), str(NULL_THREADS)]
+    words = [program, str(device), str(image.stat().st_size), str(NULL_THREADS[cache])]
     process = subprocess.Popen(words, pass_fds=[device])
     try:
         yield disk
@@ -103,7 +104,8 @@ def null(image: Path, folder: Path) -> Iterator[Path]:
         process.wait()
 
 
-System = Callable[[Path, Path], contextlib.AbstractContextManager[Path]]
+# Of an image, a folder to work in, and whether the image is cached ("writeback" or "none").
+System = Callable[[Path, Path, str], contextlib.AbstractContextManager[Path]]
 
 SYSTEMS: dict[str, System] = {
     "raw image": raw,
