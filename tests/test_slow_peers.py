@@ -100,6 +100,7 @@ async def test_a_receiver_that_takes_nothing_but_says_that_it_lives_is_there(
 ) -> None:
     ours, theirs = trio.socket.socketpair()
     ends = Ends(trio.SocketStream(ours), trio.SocketStream(theirs), Pace(None))
+    taken = trio.Event()
 
     async def take_all() -> None:
         for _ in range(100):
@@ -107,11 +108,14 @@ async def test_a_receiver_that_takes_nothing_but_says_that_it_lives_is_there(
             await ends.receiver.send(m.Pong(m.SIGN_OF_LIFE))
         for _ in BATCH:
             await ends.receiver.expect(m.Data)
+        taken.set()
 
     async with trio.open_nursery() as nursery:
         await ends.begin(nursery)
         nursery.start_soon(take_all)
         await ends.sender.send(*BATCH)
+        # One task at a time receives.
+        await taken.wait()
         # Nobody waited for an answer; what comes now is read all the same.
         await ends.receiver.send(m.Ping(7))
         assert (await ends.receiver.receive()) == m.Pong(7)
