@@ -259,7 +259,10 @@ class SeamedCutover(World):
                 self._write()
                 await self._as_process("resolve", self._resolve)
                 record = read_fence(self.mount.paths) if self.mount.mounted else None
-                if self.mount.mounted and (record is None or record.state == "fenced"):
+                if not self.mount.mounted:
+                    continue
+                # One that was killed between the record and the fence in memory is run again.
+                if self.mount.writable if record is None else record.state == "fenced":
                     return
         raise Wrong(f"resolve does not settle it: {read_fence(self.mount.paths)}")
 

@@ -157,6 +157,9 @@ class World:
                     settle(source, self.mount.paths, record, outcome)
                     self.note(f"resolved: {outcome}")
                     return
-            except (LinkLost, OSError, FuseDiskError, RemoteProtocolError) as error:
+            except (
+                *(LinkLost, OSError, trio.TooSlowError, trio.BrokenResourceError),
+                *(FuseDiskError, RemoteProtocolError),
+            ) as error:
                 self.note(f"not resolved: {error}")
             await trio.sleep(1)
