@@ -7,7 +7,6 @@ They say nothing of what the medium has done since: that takes reading both side
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections import deque
 
@@ -16,8 +15,6 @@ import xxhash
 from fusedisk.replicas import Root
 from replicator.messages import DIGEST_BYTES, Opened
 from replicator.transfers import TransferDigest
-
-log = logging.getLogger("replicator.sender")
 
 # More than can be on their way between two notes of a target.
 _CHECKPOINTS_MAX = 1024

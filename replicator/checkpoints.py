@@ -60,10 +60,9 @@ class CheckpointedReplica(DecidableReplica):
         """
         check_text("generation", generation)
         with self._dropping_if_full():
-            if self._manifest.state == "filling":
-                self._checkpoint_fill(generation, Claim(epoch, disk, offset), passed.hex() or None)
-            else:
-                self._checkpoint_pass(generation, Claim(epoch, disk, offset), passed.hex() or None)
+            filling = self._manifest.state == "filling"
+            note = self._checkpoint_fill if filling else self._checkpoint_pass
+            note(generation, Claim(epoch, disk, offset), passed.hex() or None)
 
     def _checkpoint_fill(self, generation: str, at: Claim, passed: str | None) -> None:
         with self._sharing():
