@@ -8,8 +8,8 @@ setup(
         [
             Extension(f"fusedisk.{name}", [f"fusedisk/{name}.pyx"], extra_compile_args=["-O2"])
             for name in (
-                *("activity", "changemap", "direct", "capture", "mapped", "disk", "parked"),
-                *("slowing", "gateword", "datapath", "zeros"),
+                *("activity", "changemap", "direct", "capture", "mapped", "cached", "disk"),
+                *("parked", "slowing", "gateword", "datapath", "zeros"),
             )
         ],
         language_level=3,

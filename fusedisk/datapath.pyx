@@ -24,7 +24,7 @@ from libc.string cimport memcpy, memset
 from fusedisk cimport fuse_kernel as k
 from fusedisk.changemap cimport GATED, held
 from fusedisk.disk cimport (
-    HELD, Disk, DiskIO, disk_flush, disk_on_record, disk_read, disk_seek, disk_write, disk_zero,
+    HELD, Disk, DiskIO, disk_flush, disk_on_record, disk_read, disk_read_done, disk_seek, disk_write, disk_zero,
 )
 from fusedisk.mapped cimport Mapping, mapping_begin, mapping_end, mapping_forget
 from fusedisk.parked cimport (
@@ -325,6 +325,7 @@ cdef class DataPath:
             return
         result = disk_read(disk, body, &found, asked.offset, asked.size)
         self._answer(request.unique, min(result, 0), found, <size_t>max(result, 0))
+        disk_read_done(disk, body, found)
 
     cdef bint _change(self, Py_ssize_t slot, char *head, char *body, size_t n) noexcept nogil:
         """Answer WRITE or FALLOCATE; false where it has to be held."""

@@ -3,7 +3,8 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fusedisk.capture cimport Spills
-from fusedisk.activity cimport Activity, ActivityLog, pthread_mutex_t
+from fusedisk.activity cimport Activity, ActivityLog
+from fusedisk.cached cimport Cached
 from fusedisk.changemap cimport ChangeMap, Control, Marks
 from fusedisk.mapped cimport Mapping
 
@@ -18,9 +19,7 @@ cdef struct DiskIO:
     uint32_t alignment
     uint32_t hole_block
     Mapping *mapping
-    # Of a file: held for a large write through the page cache.
-    bint one_writer
-    pthread_mutex_t writing
+    Cached cached
     char *control
     Marks marks
     Spills spills
@@ -33,6 +32,7 @@ cdef struct DiskIO:
 cdef int64_t disk_read(
     DiskIO *disk, char *into, const char **found, uint64_t offset, uint64_t length
 ) noexcept nogil
+cdef void disk_read_done(DiskIO *disk, const char *into, const char *found) noexcept nogil
 cdef int64_t disk_write(
     DiskIO *disk, Py_ssize_t slot, const char *data, uint64_t offset, uint64_t length
 ) noexcept nogil

@@ -12,9 +12,8 @@ import os
 from libc.errno cimport EIO, EINTR, EINVAL, ENODATA, ENOSPC, ENXIO, EOPNOTSUPP, EROFS
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fusedisk.activity cimport (
-    REGION_SHIFT, ActivityLog, heat, on_record, pthread_mutex_t,
-)
+from fusedisk.activity cimport REGION_SHIFT, ActivityLog, heat, on_record
+from fusedisk.cached cimport cached_begin, cached_end, cached_read, cached_write
 from fusedisk.capture cimport CAPTURES_MAX, captures_open, preserve
 from fusedisk.changemap cimport (
     FENCED, GATED, ChangeMap, Control, doubt, enter, held, leave, raise_marks,
@@ -22,15 +21,9 @@ from fusedisk.changemap cimport (
 from fusedisk.direct cimport (
     direct_alignment, direct_begin, direct_end, direct_read, direct_write,
 )
-from fusedisk.mapped cimport mapped_cached, mapped_now
+from fusedisk.mapped cimport mapped_done, mapped_now
 
 from fusedisk.changemap import Fenced, Gated
-
-cdef extern from "pthread.h" nogil:
-    int pthread_mutex_init(pthread_mutex_t *lock, void *attributes)
-    int pthread_mutex_destroy(pthread_mutex_t *lock)
-    int pthread_mutex_lock(pthread_mutex_t *lock)
-    int pthread_mutex_unlock(pthread_mutex_t *lock)
 
 cdef extern from *:
     """
@@ -41,7 +34,6 @@ cdef extern from *:
     #include <linux/fs.h>
     #include <stdint.h>
     #include <sys/ioctl.h>
-    #include <sys/stat.h>
     #include <unistd.h>
 
     static int64_t fd_pread_all(int fd, char *into, uint64_t length, int64_t offset)
@@ -55,30 +47,6 @@ cdef extern from *:
             done += n;
         }
         return done;
-    }
-    /* A write makes folios of up to its own length in the page cache, and ext4 walks all blocks of
-       a folio at each later write into it: pieces keep small writes fast (see image.py). What is
-       cached already keeps its folios, and can be written at once. */
-    #define FD_PIECE (128 << 10)
-    #define FD_AT_ONCE (1 << 30)
-    static int64_t fd_pwrite_all(int fd, const char *data, uint64_t length, int64_t offset,
-                                 uint64_t most)
-    {
-        uint64_t done = 0;
-        while (done < length) {
-            uint64_t piece = most - ((offset + done) & (most - 1));
-            if (piece > length - done) piece = length - done;
-            ssize_t n = pwrite(fd, data + done, piece, offset + done);
-            if (n < 0) { if (errno == EINTR) continue; return -errno; }
-            if (n == 0) return -ENOSPC;
-            done += n;
-        }
-        return done;
-    }
-    static int fd_is_file(int fd)
-    {
-        struct stat found;
-        return fstat(fd, &found) == 0 && S_ISREG(found.st_mode);
     }
     static int fd_punch(int fd, int64_t offset, int64_t length)
     {
@@ -113,11 +81,6 @@ cdef extern from *:
     { uint64_t one = 1; ssize_t done = write(fd, &one, sizeof one); (void)done; }
     """
     int64_t fd_pread_all(int fd, char *into, uint64_t length, int64_t offset) nogil
-    int64_t fd_pwrite_all(
-        int fd, const char *data, uint64_t length, int64_t offset, uint64_t most) nogil
-    int fd_is_file(int fd) nogil
-    uint64_t FD_PIECE
-    uint64_t FD_AT_ONCE
     int fd_punch(int fd, int64_t offset, int64_t length) nogil
     uint32_t fd_hole_block(int fd) nogil
     const char *fd_zeros
@@ -167,6 +130,7 @@ cdef int64_t disk_read(
     """Read up to ``length`` bytes, fewer at the end of the disk; ``found`` says where they are.
 
     That is ``into``, which has room for ``length`` bytes and begins a page, or the page cache.
+    After the answer comes disk_read_done().
     """
     cdef const char *mapped
     found[0] = into
@@ -179,7 +143,14 @@ cdef int64_t disk_read(
     if mapped != NULL:
         found[0] = mapped
         return length
+    cached_read(&disk.cached, offset, length)
     return fd_pread_all(disk.fd, into, length, offset)
+
+
+cdef void disk_read_done(DiskIO *disk, const char *into, const char *found) noexcept nogil:
+    """What disk_read() found was copied."""
+    if found != into:
+        mapped_done(disk.mapping)
 
 
 cdef inline int64_t _mark(
@@ -192,26 +163,6 @@ cdef inline int64_t _mark(
             length,
         )
     return -raise_marks(&disk.marks, epoch, offset, length)
-
-
-cdef int64_t _write_cached(
-    DiskIO *disk, const char *data, uint64_t offset, uint64_t length
-) noexcept nogil:
-    """Write through the page cache.
-
-    A filesystem lets one writer at a time into a file, and the others spin for as long as that one
-    runs. Beside a large write that takes a processor from the guest, so these wait here, asleep.
-    """
-    cdef uint64_t most = FD_PIECE
-    cdef int64_t result
-    if length > FD_PIECE and mapped_cached(disk.mapping, offset, length):
-        most = FD_AT_ONCE
-    if length <= FD_PIECE or not disk.one_writer:
-        return fd_pwrite_all(disk.fd, data, length, offset, most)
-    pthread_mutex_lock(&disk.writing)
-    result = fd_pwrite_all(disk.fd, data, length, offset, most)
-    pthread_mutex_unlock(&disk.writing)
-    return result
 
 
 cdef int64_t disk_write(
@@ -237,7 +188,7 @@ cdef int64_t disk_write(
     if result == 0 and disk.alignment:
         result = direct_write(disk.fd, disk.alignment, data, length, offset)
     elif result == 0:
-        result = _write_cached(disk, data, offset, length)
+        result = cached_write(&disk.cached, disk.mapping, data, offset, length)
     leave(disk.control, slot)
     if result > 0 and not disk.alignment:
         _count_dirty(disk, length)
@@ -250,7 +201,7 @@ cdef int64_t _write_zeros(DiskIO *disk, uint64_t at, uint64_t end) noexcept nogi
         if disk.alignment:
             done = direct_write(disk.fd, disk.alignment, fd_zeros, min(end - at, _ZEROS), at)
         else:
-            done = fd_pwrite_all(disk.fd, fd_zeros, min(end - at, _ZEROS), at, FD_PIECE)
+            done = cached_write(&disk.cached, disk.mapping, fd_zeros, at, min(end - at, _ZEROS))
         at += <uint64_t>max(done, 0)
     return min(done, 0)
 
@@ -388,13 +339,13 @@ cdef class Disk:
             first_region + ((changes.size - 1) >> REGION_SHIFT) >= activity.log.regions
         ):
             raise ValueError("the activity log is too short for the disk")
-        pthread_mutex_init(&self.io.writing, NULL)
+        if not cached_begin(&self.io.cached, fd):
+            raise MemoryError
         self._control, self._changes, self._activity = control, changes, activity
         self.io.fd, self.io.size = fd, changes.size
         self.io.read_only = read_only
         self.io.alignment = direct_alignment(fd)
         self.io.hole_block = fd_hole_block(fd)
-        self.io.one_writer = fd_is_file(fd)
         self.io.control = control.base
         self.io.marks = changes.map
         self.io.activity = NULL if activity is None else &activity.log
@@ -405,7 +356,7 @@ cdef class Disk:
             self.io.spills.fds[i] = spills[i] if spills else -1
 
     def __dealloc__(self):
-        pthread_mutex_destroy(&self.io.writing)
+        cached_end(&self.io.cached)
 
     @property
     def fd(self):

@@ -10,12 +10,13 @@ the kernel takes on our behalf while we are being killed fails the request that 
 guest would see an I/O error; one that we take in user mode leaves the request to the next server.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport abort
 
 cdef extern from *:
     """
     #define _GNU_SOURCE
+    #include <fcntl.h>
     #include <pthread.h>
     #include <setjmp.h>
     #include <signal.h>
@@ -89,12 +90,37 @@ cdef extern from *:
         const char *start = base + offset, *end = start + length, *first = mp_page(start);
         return mp_cached(first, end) && mp_touch(first, end) ? start : NULL;
     }
+    /* Readers and whoever drops pages each say so first and look at the other then, with a full
+       barrier between: at least one of the two sees the other and steps back. */
+    static int mp_enter(int64_t *readers, const int *dropping)
+    {
+        __atomic_add_fetch(readers, 1, __ATOMIC_SEQ_CST);
+        return !__atomic_load_n(dropping, __ATOMIC_SEQ_CST);
+    }
+    static void mp_leave(int64_t *readers) { __atomic_sub_fetch(readers, 1, __ATOMIC_RELEASE); }
+    static int mp_drop(char *base, int fd, uint64_t offset, uint64_t length,
+                        const int64_t *readers, int *dropping)
+    {
+        char *first = base + ((offset + MP_PAGE - 1) & ~(MP_PAGE - 1));
+        char *end = (char *)mp_page(base + offset + length);
+        __atomic_store_n(dropping, 1, __ATOMIC_SEQ_CST);
+        int alone = !__atomic_load_n(readers, __ATOMIC_SEQ_CST) && first < end;
+        if (alone) {
+            madvise(first, end - first, MADV_DONTNEED);
+            posix_fadvise(fd, first - base, end - first, POSIX_FADV_DONTNEED);
+        }
+        __atomic_store_n(dropping, 0, __ATOMIC_RELEASE);
+        return alone;
+    }
     """
     void mp_contain() nogil
     char *mp_map(int fd, uint64_t length, char *over) nogil
-    const char *mp_page(const char *at) nogil
-    int mp_cached(const char *first, const char *end) nogil
     const char *mp_use(const char *base, uint64_t offset, uint64_t length) nogil
+    int mp_enter(int64_t *readers, const int *dropping) nogil
+    void mp_leave(int64_t *readers) nogil
+    int mp_drop(
+        char *base, int fd, uint64_t offset, uint64_t length, const int64_t *readers, int *dropping
+    ) nogil
     int munmap(void *base, size_t length) nogil
 
 
@@ -102,20 +128,37 @@ cdef void mapping_begin(Mapping *mapping, int fd, uint64_t size) noexcept nogil:
     """Map an image; where that is not possible, mapped_now() never has anything."""
     mp_contain()
     mapping.base, mapping.length = mp_map(fd, size, NULL), size
+    mapping.readers, mapping.dropping = 0, 0
 
 
 cdef const char *mapped_now(Mapping *mapping, uint64_t offset, uint64_t length) noexcept nogil:
-    """Where a range, which lies inside the image, can be read at once; NULL where read(2) has to."""
+    """Where a range, which lies inside the image, can be read at once; NULL where read(2) has to.
+
+    Whoever got an address gives it back by mapped_done().
+    """
+    cdef const char *found = NULL
     if mapping == NULL or mapping.base == NULL or length == 0:
         return NULL
-    return mp_use(mapping.base, offset, length)
+    if mp_enter(&mapping.readers, &mapping.dropping):
+        found = mp_use(mapping.base, offset, length)
+    if found == NULL:
+        mp_leave(&mapping.readers)
+    return found
 
 
-cdef bint mapped_cached(Mapping *mapping, uint64_t offset, uint64_t length) noexcept nogil:
-    """Whether all pages of a range, which lies inside the image, were in the page cache just now."""
+cdef void mapped_done(Mapping *mapping) noexcept nogil:
+    """The kernel has copied what mapped_now() found."""
+    mp_leave(&mapping.readers)
+
+
+cdef bint mapped_drop(Mapping *mapping, int fd, uint64_t offset, uint64_t length) noexcept nogil:
+    """Take a range's pages out of the page cache but for dirty ones; false where all stay.
+
+    For one caller at a time. Invariant: none that somebody reads from goes, for the reason above.
+    """
     if mapping == NULL or mapping.base == NULL:
         return False
-    return mp_cached(mp_page(mapping.base + offset), mapping.base + offset + length)
+    return mp_drop(mapping.base, fd, offset, length, &mapping.readers, &mapping.dropping)
 
 
 cdef void mapping_forget(Mapping *mapping, int fd) noexcept nogil:

@@ -1,6 +1,5 @@
 """Reads come out of a mapping of the image: what is wrong with the image stays an errno."""
 
-import mmap
 import os
 import random
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Mount, wait_for
+from direct import read_direct
 
 MIB = 1 << 20
 
@@ -17,16 +17,6 @@ def server_memory(mount: Mount, field: str) -> int:
     """A figure of the server's /proc/PID/status in bytes."""
     status = Path(f"/proc/{mount.server()}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
-
-
-def read_direct(disk: Path, length: int, offset: int) -> bytes:
-    """Past the kernel's own cache of the mounted file."""
-    fd = os.open(disk, os.O_RDONLY | os.O_DIRECT)
-    try:
-        with mmap.mmap(-1, length) as buffer:
-            return buffer[: os.preadv(fd, [buffer], offset)]
-    finally:
-        os.close(fd)
 
 
 def test_reads_follow_writes_holes_and_changes_of_size(fuse: Callable[..., Mount], tmp_path: Path):
