@@ -30,6 +30,7 @@ from fusedisk.disk import Disk
 from fusedisk.filesystem import DiskFilesystem, NamedDisk
 from fusedisk.keeper import DRAINED, FLUSH_FAILED, SIGNALS
 from fusedisk.memory import bound_page_tables
+from fusedisk.relay import Relay
 from fusedisk.standby import GateKeeper
 from fusedisk.state import read_mount_record, record_clean
 from fusedisk.witness import failed_unseen
@@ -66,8 +67,9 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     writeback = os.eventfd(0)
     spills = open_spills(str(state))
     gate = GateKeeper(state, record, control, fds)
+    relay = Relay(arguments.device, functools.partial(_keep, state / "init"), arguments.told)
     path = DataPath(
-        arguments.device,
+        relay,
         [
             Disk(
                 control,
@@ -83,9 +85,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
             for index, (fd, changes) in enumerate(zip(fds, maps, strict=True))
         ],
         writeback=writeback,
-        on_init=functools.partial(_keep, state / "init"),
         check_lease=gate.check,
-        answered=arguments.told,
     )
     operations = DiskFilesystem(
         [NamedDisk(disk.name, fd, disk.size) for disk, fd in zip(record.disks, fds, strict=True)],
@@ -95,7 +95,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
         lambda: gate.standing_by,
     )
     # libfuse 3.3 and later takes a descriptor that speaks FUSE in place of a mountpoint.
-    pyfuse3.init(operations, f"/dev/fd/{path.session.detach()}", set())
+    pyfuse3.init(operations, f"/dev/fd/{relay.session.detach()}", set())
     checkpointing = trio.Lock()
     try:
         async with trio.open_nursery() as background:
@@ -104,7 +104,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
                     keep_checkpoints, activity, state, control, fds, checkpointing
                 )
             background.start_soon(_watch_promotion, gate)
-            unmounted = await _run(path, arguments, control, resume, checkpointing)
+            unmounted = await _run(path, relay, arguments, control, resume, checkpointing)
             background.cancel_scope.cancel()
     finally:
         pyfuse3.close(unmount=False)
@@ -132,6 +132,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
 
 async def _run(
     path: DataPath,
+    relay: Relay,
     arguments: argparse.Namespace,
     control: Control,
     resume: bool,
@@ -164,8 +165,8 @@ async def _run(
         everything.start_soon(session)
         try:
             if resume:
-                await native(path.resume, (arguments.state / "init").read_bytes())
-            everything.start_soon(native, path.relay_replies)
+                await native(relay.resume, (arguments.state / "init").read_bytes())
+            everything.start_soon(native, relay.relay_replies)
             everything.start_soon(_watch_captures, str(arguments.state), control)
             everything.start_soon(bound_page_tables, path)
             os.write(arguments.ready, b"ready\n")
@@ -187,12 +188,12 @@ async def _run(
                             serving.start_soon(serve, slot)
                     signals.cancel()
                 path.stop()
-            while not unmounted and path.relayed:
+            while not unmounted and relay.outstanding:
                 await trio.sleep(0.001)
         finally:
             ending = True
             path.stop()
-            path.close()
+            relay.close()
         everything.cancel_scope.cancel()
     return unmounted
 

@@ -20,6 +20,7 @@ from fusedisk.activity import REGION, ActivityLog
 from fusedisk.changemap import ChangeMap, Control
 from fusedisk.datapath import DataPath
 from fusedisk.disk import Disk
+from fusedisk.relay import Relay
 
 SIZE = (1 << 20) + 512
 BEYOND = 1 << 20
@@ -77,11 +78,11 @@ class Kernel:
         self.inits: list[bytes] = []
         self.check_lease: Callable[[], bool] = lambda: False
         disk = Disk(self.control, self.changes, self.file, activity=activity)
+        self.relay = Relay(device.fileno(), self.inits.append)
         self.path = DataPath(
-            device.fileno(),
+            self.relay,
             [disk],
             writeback=os.eventfd(0),
-            on_init=self.inits.append,
             check_lease=lambda: self.check_lease(),
         )
         # In the place of pyfuse3: reads what is passed on, and never answers.
@@ -93,7 +94,7 @@ class Kernel:
             thread.start()
 
     def _discard(self) -> None:
-        while self.path.session.recv(1 << 21):
+        while self.relay.session.recv(1 << 21):
             pass
 
     def send(self, opcode: int, inode: int, body: bytes, length: int | None = None) -> int:
@@ -143,9 +144,9 @@ class Kernel:
         while any(t.is_alive() for t in self.threads[:-1]):
             self.path.stop()
             time.sleep(0.005)
-        self.path.close()
+        self.relay.close()
         self.threads[-1].join()
-        self.path.session.close()
+        self.relay.session.close()
         self.end.close()
         self.device.close()
         os.close(self.file)
