@@ -18,6 +18,7 @@ from replicator.messages import (
     Pong,
     RemoteProtocolError,
 )
+from replicator.transport.socketwriter import SocketWriter, after
 from replicator.transport.unsent import unsent_bytes
 from replicator.wire import Connection, Role, State
 
@@ -31,10 +32,13 @@ SILENCE_SECONDS_MAX = 60.0
 _AHEAD_BYTES = 16 << 10
 # One write of a stream that is not a socket; its deadline is for so much.
 _WRITE_BYTES = 256 << 10
-_BUFFERS_A_CALL_MAX = 256
+# So much for a socket goes on a thread.
+_THREAD_BYTES_MIN = 512 << 10
 # Of a part of a frame that is at least so long, so much is waited for, but no longer than that.
 _WAKE_BYTES_MIN, _WAKE_BYTES_MAX = 64 << 10, 512 << 10
 _WAKE_SECONDS_MAX = 0.1
+# What is there already is taken without a look at the other tasks, up to so much at a time.
+_AT_ONCE_BYTES = 4 << 20
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -57,6 +61,9 @@ class Link:
         silence_seconds_max: float = SILENCE_SECONDS_MAX,
     ) -> None:
         self._stream = stream
+        self._writer = (
+            SocketWriter(stream.socket) if isinstance(stream, trio.SocketStream) else None
+        )
         self._receive_into = _receiver_into(stream)
         self.silence_seconds_max = silence_seconds_max
         self.on_moved: Callable[[], object] = lambda: None
@@ -95,8 +102,8 @@ class Link:
 
     async def _put(self, buffers: Sequence[Buffer]) -> None:
         # A peer whose network went away silently takes nothing and closes nothing.
-        if isinstance(self._stream, trio.SocketStream):
-            await self._put_on_socket(self._stream.socket, buffers)
+        if self._writer is not None:
+            await self._put_on_socket(self._writer, buffers)
             return
         for buffer in buffers:
             for at in range(0, len(buffer), _WRITE_BYTES):
@@ -104,24 +111,16 @@ class Link:
                     await self._stream.send_all(buffer[at : at + _WRITE_BYTES])
                 self.on_moved()
 
-    async def _put_on_socket(self, sock: trio.socket.SocketType, buffers: Sequence[Buffer]) -> None:
-        views = [memoryview(buffer) for buffer in buffers]
-        first = 0
+    async def _put_on_socket(self, writer: SocketWriter, buffers: Sequence[Buffer]) -> None:
+        left = [memoryview(buffer) for buffer in buffers]
+        on_thread = sum(map(len, left)) >= _THREAD_BYTES_MIN
         with self._patience() as patience:
-            while True:
-                done = 0
-                with suppress(BlockingIOError):
-                    done = os.writev(sock.fileno(), views[first : first + _BUFFERS_A_CALL_MAX])
+            while left:
+                done = await (writer.write_on_thread(left) if on_thread else writer.write(left))
+                if done:
                     self.on_moved()
-                while first < len(views) and done >= len(views[first]):
-                    done -= len(views[first])
-                    first += 1
-                if first == len(views):
-                    return
-                views[first] = views[first][done:]
-                # The little that is free by now is not worth a call: this waits for a third.
-                patience.deadline = trio.current_time() + self.silence_seconds_max
-                await trio.lowlevel.wait_writable(sock)
+                    patience.deadline = trio.current_time() + self.silence_seconds_max
+                left = after(left, done)
 
     @contextmanager
     def _patience(self) -> Iterator[trio.CancelScope]:
@@ -218,6 +217,8 @@ class Link:
 
     async def close(self) -> None:
         """Close the stream, whatever state the conversation is in."""
+        if self._writer is not None:
+            self._writer.close()
         await trio.aclose_forcefully(self._stream)
 
 
@@ -256,9 +257,14 @@ class _SocketReceiver:
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._socket = sock
         self._wake_bytes = 1
+        self._at_once = 0
 
     async def receive(self, buffer: memoryview, ahead: memoryview) -> int:
         """As `_receiver_into` says. Raises OSError, or ClosedResourceError after `close`."""
+        if self._at_once > 0 and self._socket.fileno() >= 0:
+            with suppress(BlockingIOError):
+                return self._take(buffer, ahead)
+        self._at_once = _AT_ONCE_BYTES
         # Never more than is left of the frame, which is all that the peer owes us.
         self._wake_at(min(len(buffer), _WAKE_BYTES_MAX) if len(buffer) >= _WAKE_BYTES_MIN else 1)
         while True:
@@ -269,8 +275,13 @@ class _SocketReceiver:
             with trio.move_on_after(seconds):
                 await trio.lowlevel.wait_readable(self._socket)
             with suppress(BlockingIOError):
-                return os.readv(self._socket.fileno(), [buffer, ahead])
+                return self._take(buffer, ahead)
             self._wake_at(1)
+
+    def _take(self, buffer: memoryview, ahead: memoryview) -> int:
+        count = os.readv(self._socket.fileno(), [buffer, ahead])
+        self._at_once -= count
+        return count
 
     def _wake_at(self, count: int) -> None:
         if count != self._wake_bytes:
