@@ -103,7 +103,7 @@ def hash_segments(
     """
     end = offset + length
     position = offset
-    for start, stop in _block_runs(fd, offset, end, block):
+    for start, stop in block_runs(fd, offset, end, block):
         if start > position:
             yield HashSegment(position, start - position, True, b"")
         yield HashSegment(start, stop - start, False, _digests(fd, start, stop, seed, block))
@@ -112,7 +112,7 @@ def hash_segments(
         yield HashSegment(position, end - position, True, b"")
 
 
-def _block_runs(fd: int, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
+def block_runs(fd: int, start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
     """Yield [start, stop) runs of whole blocks that hold any data, merged where they touch."""
     pending: tuple[int, int] | None = None
     for offset, length in data_extents(fd, start, end):

@@ -22,12 +22,19 @@ from fusedisk.extents import data_extents
 from replicator.clones import open_clones
 from replicator.images import HashSegment, open_images
 from replicator.manifest import Manifest, Point, load_manifest, manifest_path, read_manifest
+from replicator.overlay import Overlay
 from replicator.pins import Pin
 from replicator.points import chain
-from replicator.records import DATA
 from replicator.replica import Replica
 from replicator.store import ReplicaBusy, Store
-from replicator.undo import Overlay, Place, PointDamaged, read_exactly, read_more, undo_path
+from replicator.undo import (
+    PointDamaged,
+    place_of,
+    read_exactly,
+    read_more,
+    record_end,
+    undo_path,
+)
 
 _WINDOW_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
@@ -162,9 +169,9 @@ class LivePoint:
             inside = head.disk < len(self.disks)
             if not inside or head.offset + head.length > self.disks[head.disk].size:
                 break
-            place = Place(fd, at) if head.kind == DATA else Place(-1, 0)
-            self._overlays[head.disk].add(head.offset, head.offset + head.length, place)
-            position = at + (head.length if head.kind == DATA else 0)
+            overlay, end = self._overlays[head.disk], head.offset + head.length
+            overlay.add(head.offset, end, place_of(fd, head, at))
+            position = record_end(head, at)
             self._logs[point.id] = fd, position
         if position < point.undo_bytes:
             raise PointDamaged(f"undo file {path} is damaged at byte {position}")

@@ -9,17 +9,17 @@ from pathlib import Path
 from fusedisk.errors import FuseDiskError
 from fusedisk.extents import data_extents
 from replicator.clones import open_clones
-from replicator.files import Files
 from replicator.images import open_images
-from replicator.manifest import Manifest
+from replicator.manifest import Manifest, Point
+from replicator.overlay import Overlay
 from replicator.points import chain
-from replicator.undo import Overlay, UndoLog, read_exactly
+from replicator.undo import PointDamaged, place_of, read_exactly, undo_path, whole_records
 
 
 class PointView:
     """A point of a replica, for reading. Nothing else may change the replica meanwhile."""
 
-    def __init__(self, files: Files, directory: Path, manifest: Manifest, point_id: int) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, point_id: int) -> None:
         """Open the point. Raises FuseDiskError if there is none, or it is damaged."""
         ids = [point.id for point in manifest.points]
         if point_id not in ids:
@@ -30,14 +30,14 @@ class PointView:
         self.point = manifest.points[ids.index(point_id)]
         self.disks = manifest.disks
         self._overlays = [Overlay() for _ in manifest.disks]
-        self._logs: list[UndoLog] = []
+        self._logs: list[int] = []
         over, self.clone = chain(manifest.points, point_id)
         """The clone that it lies over, None for the images."""
         self._images = self._below(directory, manifest)
         try:
             for point in over:
                 if point.undo_bytes:
-                    self._overlay(UndoLog(files, directory, point, manifest.disks))
+                    self._take_in(undo_path(directory, point.id), point)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -54,13 +54,16 @@ class PointView:
                 f"cannot read clones of recovery point {self.point.id}: {error.strerror}"
             ) from error
 
-    def _overlay(self, undo: UndoLog) -> None:
-        self._logs.append(undo)
-        undo.check()
-        for disk, overlay in enumerate(undo.overlays):
-            for start, end, place in overlay.pieces(0, self.disks[disk].size):
-                if place is not None:
-                    self._overlays[disk].add(start, end, place)
+    def _take_in(self, path: Path, point: Point) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError as error:
+            raise PointDamaged(f"undo file {path} is missing") from error
+        self._logs.append(fd)
+        # Older points come first, and what is there first stays.
+        for head, at in whole_records(fd, path, point, self.disks, check=True):
+            overlay, end = self._overlays[head.disk], head.offset + head.length
+            overlay.add(head.offset, end, place_of(fd, head, at))
 
     def read(self, disk: int, offset: int, length: int) -> bytes:
         """Return a range of a disk as it was at the point. Raises OSError."""
@@ -95,8 +98,6 @@ class PointView:
 
     def close(self) -> None:
         """Close all files."""
-        for fd in self._images:
+        for fd in [*self._images, *self._logs]:
             os.close(fd)
-        for undo in self._logs:
-            undo.close()
         self._images, self._logs = [], []

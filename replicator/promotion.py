@@ -80,7 +80,7 @@ def rollback_journal(
                     files.reserve(fd, start, end - start)
                 _write_back(view, writer, disk, start, end, is_data=is_data)
 
-    return _sealed(PointView(files, directory, manifest, point_id), manifest, begin, fill, now)
+    return _sealed(PointView(directory, manifest, point_id), manifest, begin, fill, now)
 
 
 def rollback_clones(
@@ -103,7 +103,7 @@ def rollback_clones(
             for start, end, is_data in view.overwritten(disk):
                 _write_back(view, writer, disk, start, end, is_data=is_data)
 
-    return _sealed(PointView(files, directory, manifest, point_id), manifest, begin, fill, now)
+    return _sealed(PointView(directory, manifest, point_id), manifest, begin, fill, now)
 
 
 def _sealed(

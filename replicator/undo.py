@@ -4,6 +4,9 @@
 that were overwritten between it and the next newer point kept. The first record of a range counts.
 So a point is the images, overlaid by the undo files from the newest back to its own.
 
+Blocks of 4 KiB are saved whole, so that a bit for each tells what is saved. Where a file has less
+of a block, as those of other versions may, the whole block is saved once more, behind what counts.
+
 The file only grows. The manifest says up to where it is known to be durable and whole; what is
 beyond was being added when a crash came, and holds up to its first record that does not check.
 """
@@ -11,19 +14,19 @@ beyond was being added when a crash came, and holds up to its first record that 
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import xxhash
 
 from fusedisk.direct import read_into
 from fusedisk.errors import FuseDiskError
-from fusedisk.extents import data_extents
+from replicator.blocks import BLOCK_BYTES, Blocks
 from replicator.files import Buffer, Files
+from replicator.images import block_runs
 from replicator.manifest import PRIVATE_DIRECTORY, Point, ReplicaDisk
+from replicator.overlay import Place
 from replicator.records import DATA, HEAD_BYTES, NO_DIGEST, ZERO, Head, decode_head, encode_head
 from replicator.writeback import Writeback
 
@@ -34,56 +37,6 @@ _PENDING_BYTES_MAX, _PENDING_MAX = 4 << 20, 1022
 
 class PointDamaged(FuseDiskError):
     """An undo file is not what was written."""
-
-
-class Place(NamedTuple):
-    """Where the content of a range is: at byte `at` of `fd`, or zeros where `fd` is -1."""
-
-    fd: int
-    at: int
-
-
-class Overlay:
-    """Disjoint ranges of a disk and where their content is; what is there first stays."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ranges: list[tuple[int, int, Place]] = []
-
-    def missing(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Return the parts of a range that are not there, in order."""
-        found = []
-        for low, high, place in self.pieces(start, end):
-            if place is None:
-                found.append((low, high))
-        return found
-
-    def add(self, start: int, end: int, place: Place) -> None:
-        """Add what is not there yet of a range whose content begins at `place`."""
-        for low, high in self.missing(start, end):
-            index = bisect_right(self._starts, low)
-            self._starts.insert(index, low)
-            self._ranges.insert(index, (low, high, Place(place.fd, place.at + low - start)))
-
-    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, Place | None]]:
-        """Yield (start, end, place) that cover a range in order; None where nothing is there."""
-        index = max(0, bisect_right(self._starts, start) - 1)
-        position = start
-        while position < end and index < len(self._ranges):
-            low, high, place = self._ranges[index]
-            index += 1
-            if high <= position:
-                continue
-            if low >= end:
-                break
-            if low > position:
-                yield position, low, None
-                position = low
-            stop = min(high, end)
-            yield position, stop, Place(place.fd, place.at + position - low)
-            position = stop
-        if position < end:
-            yield position, end, None
 
 
 def undo_path(directory: Path, point_id: int) -> Path:
@@ -107,7 +60,7 @@ class UndoLog:
         if self._made and not self.path.parent.is_dir():
             files.mkdir(self.path.parent)
             files.sync_directory(self.path.parent.parent)
-        self.overlays = [Overlay() for _ in disks]
+        self._saved = [Blocks(disk.size) for disk in disks]
         if self._made:
             self.fd = files.create(self.path)
         else:
@@ -118,73 +71,66 @@ class UndoLog:
         self._buffer: memoryview | None = None
         self._used = 0
         try:
-            self.end = self._written = self._scan(point.undo_bytes, disks)
+            self.end = 0
+            for head, at in whole_records(self.fd, self.path, point, disks):
+                self._saved[head.disk].add(head.offset, head.offset + head.length)
+                self.end = record_end(head, at)
+            self._written = self.end
             if os.fstat(self.fd).st_size > self.end:
                 files.truncate(self.fd, self.end)
         except BaseException:
             self.close()
             raise
 
-    def _scan(self, durable: int, disks: Sequence[ReplicaDisk]) -> int:
-        end = 0
-        for head, at in read_heads(self.fd, self._seed):
-            stop = at + (head.length if head.kind == DATA else 0)
-            inside = head.disk < len(disks) and head.offset + head.length <= disks[head.disk].size
-            if not inside or (stop > durable and not _matches(self.fd, head, at)):
-                break
-            place = Place(self.fd, at) if head.kind == DATA else Place(-1, 0)
-            self.overlays[head.disk].add(head.offset, head.offset + head.length, place)
-            end = stop
-        if end < durable:
-            raise PointDamaged(f"undo file {self.path} is damaged at byte {end}")
-        return end
-
     def save(self, disk: int, fd: int, start: int, end: int) -> None:
-        """Add what `fd` holds in those parts of a range that are not there. Raises OSError."""
-        for low, high in self.overlays[disk].missing(start, end):
+        """Add what `fd` holds of those blocks of a range that are not there. Raises OSError."""
+        for low, high in self._saved[disk].missing(start, end):
             position = low
-            for offset, length in data_extents(fd, low, high):
+            for offset, stop in block_runs(fd, low, high, BLOCK_BYTES):
                 self._zero(disk, position, offset)
-                for at in range(offset, offset + length, _PIECE_BYTES_MAX):
-                    self.add(disk, at, fd, at, min(_PIECE_BYTES_MAX, offset + length - at))
-                position = offset + length
+                for at in range(offset, stop, _PIECE_BYTES_MAX):
+                    self.add(disk, at, fd, at, min(_PIECE_BYTES_MAX, stop - at))
+                position = stop
             self._zero(disk, position, high)
 
     def absorb(self, newer: UndoLog) -> None:
         """Take in the records of the next newer point, which is to go. Raises OSError."""
         for head, at in read_heads(newer.fd, newer._seed):
-            for low, high in self.overlays[head.disk].missing(
-                head.offset, head.offset + head.length
-            ):
+            start, end = head.offset, head.offset + head.length
+            for low, high in self._saved[head.disk].missing(start, end):
+                # Of a block that the record has in part there is no more.
+                low, high = max(low, start), min(high, end)
                 if head.kind == ZERO:
                     self._zero(head.disk, low, high)
                 else:
-                    self.add(head.disk, low, newer.fd, at + low - head.offset, high - low)
+                    self.add(head.disk, low, newer.fd, at + low - start, high - low)
 
     def add(self, disk: int, offset: int, fd: int, at: int, length: int) -> None:
         """Add a record of what `fd` has at byte `at`; it may wait for others. Raises OSError."""
         if self._buffer is None:
             self._buffer = memoryview(bytearray(_PENDING_BYTES_MAX))
-        if self._used + length > len(self._buffer):
-            self.flush()
+        self._make_room(length)
         data = self._buffer[self._used : self._used + length]
         read_into(fd, data, at)
         self._used += length
-        head = Head(DATA, disk, offset, length, xxhash.xxh3_128_digest(data))
-        place = Place(self.fd, self.end + HEAD_BYTES)
-        self.overlays[disk].add(offset, offset + length, place)
-        self._append(head, data)
+        self._append(Head(DATA, disk, offset, length, xxhash.xxh3_128_digest(data)), data)
 
     def _zero(self, disk: int, start: int, end: int) -> None:
         if start < end:
-            self.overlays[disk].add(start, end, Place(-1, 0))
+            self._make_room(0)
             self._append(Head(ZERO, disk, start, end - start, NO_DIGEST), b"")
 
-    def _append(self, head: Head, data: Buffer) -> None:
-        if len(self._pending) >= _PENDING_MAX:
+    def _make_room(self, length: int) -> None:
+        """Write what waits, unless one more of so much data can wait with it. Raises OSError."""
+        if self._used + length > _PENDING_BYTES_MAX or len(self._pending) >= _PENDING_MAX:
             self.flush()
+
+    def _append(self, head: Head, data: Buffer) -> None:
+        """Let a record wait, for which there is room."""
+        # Invariant: what counts as saved is written or waits, and what waits stays in the buffer.
         self._pending += [encode_head(head, self._seed), data]
         self.end += HEAD_BYTES + len(data)
+        self._saved[head.disk].add(head.offset, head.offset + head.length)
 
     def flush(self) -> None:
         """Write the records that wait; repeat it where it fails. Raises OSError."""
@@ -216,6 +162,37 @@ class UndoLog:
             os.close(self.fd)
 
 
+def whole_records(
+    fd: int, path: Path, point: Point, disks: Sequence[ReplicaDisk], *, check: bool = False
+) -> Iterator[tuple[Head, int]]:
+    """Yield the heads of an undo file that count, and where their data is.
+
+    Those that the manifest promises, of which the data is compared with its digest only to `check`,
+    and what is whole beyond them. Raises PointDamaged where one of the former does not match.
+    """
+    end = 0
+    for head, at in read_heads(fd, point.id):
+        stop = record_end(head, at)
+        inside = head.disk < len(disks) and head.offset + head.length <= disks[head.disk].size
+        doubtful = check or stop > point.undo_bytes
+        if not inside or (doubtful and not _matches(fd, head, at)):
+            break
+        end = stop
+        yield head, at
+    if end < point.undo_bytes:
+        raise PointDamaged(f"undo file {path} is damaged at byte {end}")
+
+
+def record_end(head: Head, at: int) -> int:
+    """Return where a record ends whose data is at byte `at`."""
+    return at + (head.length if head.kind == DATA else 0)
+
+
+def place_of(fd: int, head: Head, at: int) -> Place:
+    """Return where the content of a record is."""
+    return Place(fd, at) if head.kind == DATA else Place(-1, 0)
+
+
 def read_more(fd: int, seed: int, position: int) -> Iterator[tuple[Head, int]]:
     """Yield the heads from a byte on, and where their data is, of records that are whole.
 
@@ -235,8 +212,7 @@ def read_heads(fd: int, seed: int, position: int = 0) -> Iterator[tuple[Head, in
             return
         position += HEAD_BYTES
         yield head, position
-        if head.kind == DATA:
-            position += head.length
+        position = record_end(head, position)
 
 
 def _matches(fd: int, head: Head, at: int) -> bool:

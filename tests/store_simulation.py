@@ -244,7 +244,7 @@ class Simulation:
         assert found == self._points[manifest.epoch], f"is not as it was at epoch {manifest.epoch}"
         assert manifest.points[-1].epoch == manifest.epoch
         for point in manifest.points:
-            view = PointView(files, files.root / "vm", manifest, point.id)
+            view = PointView(files.root / "vm", manifest, point.id)
             try:
                 found = [view.read(n, 0, disk.size) for n, disk in enumerate(view.disks)]
             finally:

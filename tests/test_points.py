@@ -75,7 +75,7 @@ class Model:
     def check(self, store: Store, manifest: Manifest) -> None:
         for point in manifest.points:
             assert point.time == self.times[point.epoch]
-            view = PointView(store.files, store.path / "vm", manifest, point.id)
+            view = PointView(store.path / "vm", manifest, point.id)
             try:
                 assert [view.read(n, 0, SIZES[n]) for n in range(2)] == self.points[point.epoch]
             finally:
@@ -133,8 +133,8 @@ def test_damaged_undo_records_cost_the_points_that_need_them(tmp_path: Path) -> 
         good = path.read_bytes()
         path.write_bytes(good[:60] + bytes([good[60] ^ 1]) + good[61:])
         with pytest.raises(FuseDiskError, match=f"{path.name} is damaged"):
-            PointView(store.files, tmp_path / "vm", replica.manifest, points[0].id)
-        PointView(store.files, tmp_path / "vm", replica.manifest, points[-1].id).close()
+            PointView(tmp_path / "vm", replica.manifest, points[0].id)
+        PointView(tmp_path / "vm", replica.manifest, points[-1].id).close()
 
 
 class Full(UndoFiles):
@@ -250,13 +250,13 @@ def test_interrupted_restore_goes_on_and_keeps_holes(tmp_path: Path) -> None:
             raise Interrupted
 
         for _ in range(2):
-            view = PointView(store.files, path / "vm", replica.manifest, 1)
+            view = PointView(path / "vm", replica.manifest, 1)
             try:
                 with pytest.raises(Interrupted):
                     restore(view, tmp_path / "out", stop)
             finally:
                 view.close()
-        view = PointView(store.files, path / "vm", replica.manifest, 1)
+        view = PointView(path / "vm", replica.manifest, 1)
         try:
             assert 0 < restore(view, tmp_path / "out", lambda _: None) < sum(SIZES) - 2 * 65536
         finally:
