@@ -155,6 +155,9 @@ cdef extern from *:
 cdef uint64_t _CLOSING = 1, _CLOSED = 2, _GIVEN_UP = 3, _CODE = 3
 cdef uint64_t _HEAD = 4096
 cdef uint64_t _ZERO = 1
+# Of a change map, under one entry of its summary.
+cdef enum:
+    _PAGE_MARKS = 1024
 
 fd_stripes_begin()
 
@@ -240,7 +243,7 @@ cdef uint64_t _wanting(
     cdef fd_capture *capture
     cdef uint64_t last, found = 0
     cdef int i
-    if fd_mark(&map.summary[chunk // 1024]) == 0:
+    if fd_mark(&map.summary[chunk // _PAGE_MARKS]) == 0:
         return 0
     last = fd_mark(&map.marks[chunk])
     for i in range(CAPTURES_MAX):
@@ -392,33 +395,51 @@ cdef class Capture:
         """Bytes at which the capture is given up."""
         return self._capture.limit * (_HEAD + self._chunk_size)
 
-    def runs(self, ChangeMap changes not None, int disk):
-        """Runs (first, count) of the chunks of a disk that the capture consists of.
+    def runs(self, ChangeMap changes not None, int disk, uint64_t start, uint64_t end,
+             Py_ssize_t most=4096):
+        """Runs (first, count) of the chunks from ``start`` to ``end`` that the capture consists of.
 
-        Call it when :meth:`closed`. To be believed only if :attr:`intact` afterwards.
+        Returns also the chunk up to which that is all, since ``most`` and about as many are looked
+        at; go on from there. Call it when :meth:`closed`, and not for what was read already. To be
+        believed only if :attr:`intact` afterwards.
         """
-        # In this order: a chunk written meanwhile that was no part of the capture is then newer. A
-        # newer chunk belongs to the capture if there is a copy, which was made before its mark.
-        changed = _runs(changes, self._capture.since)
-        newer = _runs(changes, self._capture.epoch)
-        self._scan()
-        found, at = [], 0
-        for first, count in changed:
-            begun, end = first, first + count
-            while at < len(newer) and newer[at][0] + newer[at][1] <= first:
-                at += 1
-            here = at
-            while here < len(newer) and newer[here][0] < end:
-                low, high = max(first, newer[here][0]), min(end, newer[here][0] + newer[here][1])
-                for chunk in range(low, high):
-                    if (disk, chunk) not in self._found:
-                        if chunk > begun:
-                            found.append((begun, chunk - begun))
-                        begun = chunk + 1
-                here += 1
-            if begun < end:
-                found.append((begun, end - begun))
-        return found
+        seen, reached = self._seen(changes, start, min(end, <uint64_t>changes.chunks), most)
+        if any(newer for _, _, newer in seen):
+            # In this order: a newer chunk belongs to the capture if there is a copy, which was made
+            # before its mark.
+            self._scan()
+        found = []
+        for first, count, newer in seen:
+            if not newer:
+                _join(found, first, count)
+                continue
+            for chunk in range(first, first + count):
+                if (disk, chunk) in self._found:
+                    _join(found, chunk, 1)
+        return found, reached
+
+    cdef _seen(self, ChangeMap changes, uint64_t start, uint64_t end, Py_ssize_t most):
+        """Runs (first, count, newer) of chunks written since, by whether in a later epoch."""
+        cdef uint64_t since = self._capture.since, epoch = self._capture.epoch
+        cdef uint64_t chunk = start, following, first = start
+        cdef int kind, before = 0
+        cdef uint32_t last
+        seen = []
+        while chunk < end and len(seen) < most:
+            following = (chunk // _PAGE_MARKS + 1) * _PAGE_MARKS
+            kind = 0
+            if fd_mark(&changes.map.summary[chunk // _PAGE_MARKS]) > since:
+                last = fd_mark(&changes.map.marks[chunk])
+                kind = 0 if last <= since else 1 if last <= epoch else 2
+                following = chunk + 1
+            if kind != before:
+                if before:
+                    seen.append((first, chunk - first, before == 2))
+                first, before = chunk, kind
+            chunk = min(following, end)
+        if before:
+            seen.append((first, chunk - first, before == 2))
+        return seen, max(chunk, start)
 
     def fill(self, ChangeMap changes not None, int disk, int image, buffer, uint64_t offset):
         """Fill a writable buffer with captured bytes from ``offset`` on, all of :meth:`runs`.
@@ -488,14 +509,12 @@ cdef class Capture:
             os.close(self._spill)
 
 
-def _runs(changes, since):
-    """All runs of chunks written after ``since``, however many."""
-    start, found = 0, []
-    while runs := changes.runs(since, start):
-        found += runs
-        first, count = runs[len(runs) - 1]
-        start = first + count
-    return found
+def _join(runs, first, count):
+    """Add a run to ascending ones, joined to the last where they touch."""
+    if runs and runs[len(runs) - 1][0] + runs[len(runs) - 1][1] == first:
+        begun, before = runs.pop()
+        first, count = begun, before + count
+    runs.append((first, count))
 
 
 def open_spills(state):

@@ -18,6 +18,8 @@ SPILL_BYTES = 1 << 30
 
 _CLOSED_POLL_SECONDS = 0.001
 _PLACE_POLL_SECONDS = 0.1
+# Of a range, whose extents and overwritten chunks are looked at together.
+_WINDOW_BYTES = 64 << 20
 
 
 @dataclass
@@ -72,17 +74,27 @@ class CapturedSource:
             "spill_bytes_max": self._capture.spill_bytes_max,
         }
 
-    def ranges(self, disk: int) -> list[tuple[int, int]]:
-        """(start, end) of what the capture has of a disk, in bytes. A thread's work."""
+    def ranges(self, disk: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of what the capture has of whole chunks of a disk, in bytes.
+
+        A thread's work. It is looked up while it is taken, so that no list of all is held.
+        Invariant: what is asked for was not read yet. Until then a chunk stays part of the capture
+        or no part of it: overwritten, it has a copy, or else the capture is not intact.
+        """
         changes, size = self._source.maps[disk], self._source.record.disks[disk].size
-        chunk = changes.chunk_size
-        return [
-            (first * chunk, min((first + count) * chunk, size))
-            for first, count in self._capture.runs(changes, disk)
-        ]
+        chunk_size = changes.chunk_size
+        chunk, stop = -(-start // chunk_size), -(-end // chunk_size)
+        while chunk < stop:
+            runs, chunk = self._capture.runs(changes, disk, chunk, stop)
+            for first, count in runs:
+                yield first * chunk_size, min((first + count) * chunk_size, size)
 
     def data_extents(self, disk: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         """(offset, length) of each run that may hold data. Raises OSError."""
+        for at in range(start, end, _WINDOW_BYTES):
+            yield from self._window(disk, at, min(at + _WINDOW_BYTES, end))
+
+    def _window(self, disk: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         changes = self._source.maps[disk]
         size = changes.chunk_size
         extents = list(self._source.data_extents(disk, start, end))

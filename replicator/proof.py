@@ -10,7 +10,8 @@ that inside the downtime only what the last pass sent is left. By induction the 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Literal, TypeAlias
 
 import trio
@@ -36,6 +37,7 @@ Level: TypeAlias = Literal["none", "last", "full"]
 _STEP_BYTES_MAX = 16 << 20
 # Answers on their way, so that many small ranges do not cost a round trip each.
 _ASKED_AT_ONCE_MAX = 8
+_STEPS_AT_ONCE = 256
 _BETWEEN_PASSES_SECONDS = 1.0
 _NAMED_RANGES_MAX = 4
 
@@ -81,7 +83,8 @@ class Proof:
     async def _compare_disk(
         self, session: Session, disk: int, since: int, epoch: int, findings: Findings
     ) -> None:
-        ranges = await trio.to_thread.run_sync(self._source.changed_ranges, disk, since)
+        ranges = self._source.changed_ranges(disk, since)
+        ahead = steps(ranges, self._source.record.disks[disk].size)
         asked: deque[tuple[int, int]] = deque()
 
         async def take() -> None:
@@ -91,11 +94,12 @@ class Proof:
                 self._compare, disk, start, end, segments, session.seed, epoch, findings
             )
 
-        for start, end in steps(ranges, self._source.record.disks[disk].size):
-            await session.ask_hashes(disk, start, end - start)
-            asked.append((start, end))
-            if len(asked) == _ASKED_AT_ONCE_MAX:
-                await take()
+        while some := await trio.to_thread.run_sync(list, islice(ahead, _STEPS_AT_ONCE)):
+            for start, end in some:
+                await session.ask_hashes(disk, start, end - start)
+                asked.append((start, end))
+                if len(asked) == _ASKED_AT_ONCE_MAX:
+                    await take()
         while asked:
             await take()
 
@@ -119,19 +123,21 @@ class Proof:
                 findings.add(self._source.record.disks[disk].name, first, last)
 
 
-def steps(ranges: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+def steps(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
     """Ranges in ascending order, widened to whole hash blocks, joined, and cut into steps."""
-    joined: list[tuple[int, int]] = []
+    begun = reached = 0
     for start, end in ranges:
         first = start // HASH_BLOCK_BYTES * HASH_BLOCK_BYTES
-        last = min(-(-end // HASH_BLOCK_BYTES) * HASH_BLOCK_BYTES, size)
-        if joined and first <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], last)
-        else:
-            joined.append((first, last))
-    for first, last in joined:
-        for at in range(first, last, _STEP_BYTES_MAX):
-            yield at, min(at + _STEP_BYTES_MAX, last)
+        if first > reached:
+            yield from _cut(begun, reached)
+            begun = first
+        reached = max(reached, min(-(-end // HASH_BLOCK_BYTES) * HASH_BLOCK_BYTES, size))
+    yield from _cut(begun, reached)
+
+
+def _cut(first: int, last: int) -> Iterator[tuple[int, int]]:
+    for at in range(first, last, _STEP_BYTES_MAX):
+        yield at, min(at + _STEP_BYTES_MAX, last)
 
 
 def _require_equal(findings: Findings) -> None:

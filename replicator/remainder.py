@@ -8,7 +8,8 @@ be sent; beyond all of them what was written after the committed epoch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from replicator import messages as m
 from replicator.captured import CapturedSource
@@ -33,9 +34,16 @@ class Remainder:
         """Whether there is a part of a pass to go on with."""
         return bool(self._claims)
 
-    def ranges(self, captured: CapturedSource, disk: int) -> list[Range]:
+    def ranges(self, captured: CapturedSource, disk: int) -> Iterator[Range]:
         """(start, end) of what has to be sent of a capture since :attr:`since`. A thread's work."""
-        return self._missing(disk, captured.ranges(disk))
+        return self._missing(disk, partial(captured.ranges, disk))
+
+    def captured_bytes(self, captured: CapturedSource) -> list[int]:
+        """For each disk, how many bytes that is. A thread's work, before any of it is read."""
+        return [
+            sum(end - start for start, end in self.ranges(captured, disk))
+            for disk in range(len(self._source.fds))
+        ]
 
     def data_bytes(self) -> int:
         """About how much data that is, as of now. A thread's work. Raises OSError."""
@@ -44,14 +52,17 @@ class Remainder:
         return sum(
             length
             for disk in range(len(self._source.fds))
-            for start, end in self._missing(disk, self._source.changed_ranges(disk, self.since))
+            for start, end in self._missing(
+                disk, partial(self._source.changed_ranges, disk, self.since)
+            )
             for _, length in self._source.data_extents(disk, start, end)
         )
 
-    def _missing(self, disk: int, ranges: list[Range]) -> list[Range]:
-        """What no claim covers of ranges of whole chunks, ascending."""
+    def _missing(
+        self, disk: int, ranges: Callable[[int, int], Iterator[Range]]
+    ) -> Iterator[Range]:
+        """What no claim covers of ``ranges(start, end)``, which are of whole chunks, ascending."""
         of_disk = self._source.record.disks[disk]
-        found: list[Range] = []
         begun = 0
         for claim in self._claims:
             end = 0
@@ -63,10 +74,10 @@ class Remainder:
             if end > begun:
                 # Invariant: looked at after the epoch to be sent was closed. A chunk whose mark is
                 # no newer than the claim was not written until now, so it is as the target has it.
-                newer = self._source.changed_ranges(disk, claim.epoch)
-                found += _common(_clipped(ranges, begun, end), newer)
+                newer = self._source.changed_ranges(disk, claim.epoch, begun, end)
+                yield from _common(ranges(begun, end), newer)
                 begun = end
-        return found + _clipped(ranges, begun, of_disk.size)
+        yield from ranges(begun, of_disk.size)
 
 
 def remainder(source: Source, opened: m.Opened) -> Remainder:
@@ -87,19 +98,14 @@ def can_go_on(source: Source, reached: m.Reached) -> bool:
     )
 
 
-def _clipped(ranges: Sequence[Range], start: int, end: int) -> list[Range]:
-    return [(max(a, start), min(b, end)) for a, b in ranges if a < end and b > start]
-
-
-def _common(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
-    """What is in both of two ascending lists."""
-    found: list[Range] = []
-    at = 0
-    for start, end in ranges:
-        while at < len(others) and others[at][1] <= start:
-            at += 1
-        here = at
-        while here < len(others) and others[here][0] < end:
-            found.append((max(start, others[here][0]), min(end, others[here][1])))
-            here += 1
-    return found
+def _common(ranges: Iterator[Range], others: Iterator[Range]) -> Iterator[Range]:
+    """What is in both of two that ascend."""
+    one, other = next(ranges, None), next(others, None)
+    while one is not None and other is not None:
+        start, end = max(one[0], other[0]), min(one[1], other[1])
+        if start < end:
+            yield start, end
+        if one[1] < other[1]:
+            one = next(ranges, None)
+        else:
+            other = next(others, None)

@@ -199,14 +199,11 @@ class Session(Questions):
                 self._closing = captured.epoch, *before
                 self.captured = captured
                 try:
-                    ranges = [
-                        await trio.to_thread.run_sync(left.ranges, captured, disk) for disk in disks
-                    ]
-                    totals = [sum(end - start for start, end in of_disk) for of_disk in ranges]
+                    totals = await trio.to_thread.run_sync(left.captured_bytes, captured)
                     self.progress.begin("pass", totals)
                     for disk in disks:
                         await self._send_ranges(
-                            *(disk, ranges[disk]),
+                            *(disk, left.ranges(captured, disk)),
                             holes=True,
                             readable=captured,
                             epoch=captured.epoch if self._may_go_on else None,

@@ -18,6 +18,7 @@ from fusedisk.state import locked, read_mount_record
 from replicator.rates import Rates
 
 _LITTLE_BYTES = 1 << 20
+_RUNS_AT_ONCE = 4096
 _QUIET_POLL_SECONDS = 0.001
 _MEASURE_SECONDS = 1.0
 
@@ -167,15 +168,23 @@ class Source:
             return sum(self.changed_bytes(since)) + repaired
         return sum(self.allocated())
 
-    def changed_ranges(self, disk: int, since: int) -> list[tuple[int, int]]:
-        """(start, end) of the ranges of one disk written after ``since``, neighbours joined."""
+    def changed_ranges(
+        self, disk: int, since: int, start: int = 0, end: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """(start, end) of what of whole chunks of a disk was written after ``since``, joined.
+
+        A thread's work. It is looked up while it is taken, so that no list of all is held.
+        """
         changes, size = self.maps[disk], self.record.disks[disk].size
-        ranges, start = [], 0
-        while runs := changes.runs(since, start):
+        chunk = -(-start // changes.chunk_size)
+        end = size if end is None else end
+        while runs := changes.runs(since, chunk, _RUNS_AT_ONCE):
             for first, count in runs:
-                start = first + count
-                ranges.append((first * changes.chunk_size, min(start * changes.chunk_size, size)))
-        return ranges
+                chunk = first + count
+                begun = first * changes.chunk_size
+                if begun >= end:
+                    return
+                yield begun, min(chunk * changes.chunk_size, end)
 
 
 async def measure(source: Source, rates: Rates) -> None:

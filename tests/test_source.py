@@ -72,17 +72,18 @@ async def test_closing_an_epoch_ends_with_the_mount(mount: Mount) -> None:
 def test_changed_ranges_end_with_the_disk(mount: Mount) -> None:
     source = Source(mount.mountpoint)
     try:
-        assert source.changed_ranges(0, 0) == []
+        assert list(source.changed_ranges(0, 0)) == []
         with mount.disk().open("r+b", buffering=0) as file:
             file.write(b"x")
             file.seek(SIZE - 1)
             file.write(b"x")
-        assert source.changed_ranges(0, 0) == [(0, CHUNK), (3 * CHUNK, SIZE)]
+        assert list(source.changed_ranges(0, 0)) == [(0, CHUNK), (3 * CHUNK, SIZE)]
         assert source.changed_bytes(0) == [2 * CHUNK]
         with mount.disk().open("r+b", buffering=0) as file:
             file.seek(CHUNK + 1)
             file.write(b"x" * CHUNK)
-        assert source.changed_ranges(0, 0) == [(0, SIZE)]
+        assert list(source.changed_ranges(0, 0)) == [(0, SIZE)]
+        assert list(source.changed_ranges(0, 0, CHUNK, 2 * CHUNK)) == [(CHUNK, 2 * CHUNK)]
         assert source.changed_bytes(0) == [SIZE]
     finally:
         source.close()
