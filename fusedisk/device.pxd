@@ -29,6 +29,7 @@ cdef int64_t device_receive(Device *device, char *head, char *body) noexcept nog
 cdef int64_t device_reply(
     Device *device, const void *head, size_t head_length, const void *body, size_t length
 ) noexcept nogil
+cdef int64_t device_notify(Device *device, const void *notice, size_t length) noexcept nogil
 cdef void device_answer(
     Device *device, uint64_t unique, int64_t error, const void *payload, size_t length
 ) noexcept nogil

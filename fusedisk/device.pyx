@@ -77,6 +77,15 @@ cdef int64_t device_reply(
     return n
 
 
+cdef int64_t device_notify(Device *device, const void *notice, size_t length) noexcept nogil:
+    """Tell the kernel something that it did not ask; a negative errno on failure.
+
+    Invariant: this is no answer, so nobody is told of one. The keeper restarts a server that
+    answers nothing with back-off.
+    """
+    return dv_reply(device.fd, notice, length, NULL, 0)
+
+
 cdef void device_answer(
     Device *device, uint64_t unique, int64_t error, const void *payload, size_t length
 ) noexcept nogil:

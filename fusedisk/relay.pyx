@@ -16,8 +16,8 @@ from libc.stdlib cimport free
 
 from fusedisk cimport fuse_kernel as k
 from fusedisk.device cimport (
-    HEAD, MAX_BACKGROUND, MAX_WRITE_BYTES, device_answer, device_reply, fd_add_int, fd_load_int,
-    resident_memory,
+    HEAD, MAX_BACKGROUND, MAX_WRITE_BYTES, device_answer, device_notify, device_reply,
+    fd_add_int, fd_load_int, resident_memory,
 )
 
 cdef extern from *:
@@ -172,7 +172,7 @@ cdef class Relay:
         self._init_reply = bytes(adjusted)
         notify.len, notify.error, notify.unique = sizeof(notify), k.FD_NOTIFY_RESEND, 0
         with nogil:
-            n = device_reply(&self.device, &notify, sizeof(notify), NULL, 0)
+            n = device_notify(&self.device, &notify, sizeof(notify))
         if n < 0 and n != -ENODEV:
             raise OSError(-n, os.strerror(-n))
 

@@ -45,15 +45,16 @@ class SocketWriter:
     async def write_on_thread(self, views: Sequence[memoryview]) -> int:
         """Write what the socket takes, for half a second at most; the count of bytes.
 
-        Cancelled, it may have written any part. Raises OSError, or ClosedResourceError after
-        `close`.
+        Cancelled, it may have written any part, and nothing may be written any more. Raises
+        OSError, or ClosedResourceError after `close`.
         """
         self._require_open()
         if self._fd < 0:
             # Invariant: a thread writes to this very connection, whoever closes the socket
             # meanwhile, and whatever is opened under its number then.
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._fd = os.dup(self._socket.fileno())
+        if self._wake < 0:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._writing = True
         try:
             return await self._on_thread(views)
