@@ -3,6 +3,10 @@
 
 from libc.errno cimport EIO
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.string cimport memset
+from posix.mman cimport mlock
+from posix.stdlib cimport posix_memalign
+from posix.unistd cimport write
 
 from fusedisk cimport fuse_kernel as k
 
@@ -10,11 +14,7 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <stdint.h>
-    #include <stdlib.h>
-    #include <string.h>
-    #include <sys/mman.h>
     #include <sys/uio.h>
-    #include <unistd.h>
 
     /* Two parts, so that a write's data lands on a page boundary. */
     static int64_t dv_receive(int fd, char *head, size_t head_length, char *body, size_t length)
@@ -31,29 +31,10 @@ cdef extern from *:
         do { n = writev(fd, parts, length ? 2 : 1); } while (n < 0 && errno == EINTR);
         return n < 0 ? -errno : n;
     }
-    static char *dv_aligned(size_t length)
-    {
-        void *found = NULL;
-        return posix_memalign(&found, 4096, length) ? NULL : found;
-    }
-    static char *dv_resident(size_t length)
-    {
-        char *found = dv_aligned(length);
-        if (found == NULL)
-            return NULL;
-        /* Invariant: resident, as far as we may. When a thread is killed, the kernel does not
-           finish a page fault for it and fails the request that it was copying: an I/O error. */
-        memset(found, 0, length);
-        (void)!mlock(found, length);
-        return found;
-    }
     """
     int64_t dv_receive(int fd, char *head, size_t head_length, char *body, size_t length) nogil
     int64_t dv_reply(
         int fd, const void *head, size_t head_length, const void *body, size_t length) nogil
-    char *dv_aligned(size_t length) nogil
-    char *dv_resident(size_t length) nogil
-    ssize_t write(int fd, const void *data, size_t length) nogil
 
 
 cdef int64_t device_receive(Device *device, char *head, char *body) noexcept nogil:
@@ -104,9 +85,18 @@ cdef void device_answer(
 
 cdef char *aligned_memory(size_t length) noexcept nogil:
     """Memory from the begin of a page, for free(); NULL where there is none."""
-    return dv_aligned(length)
+    cdef void *found = NULL
+    return NULL if posix_memalign(&found, 4096, length) else <char *>found
 
 
 cdef char *resident_memory(size_t length) noexcept nogil:
-    """The same, for what the kernel copies while this process may be killed."""
-    return dv_resident(length)
+    """The same, for what the kernel copies while this process may be killed.
+
+    Invariant: resident, as far as we may. When a thread is killed, the kernel does not finish a
+    page fault for it and fails the request that it was copying: an I/O error.
+    """
+    cdef char *found = aligned_memory(length)
+    if found != NULL:
+        memset(found, 0, length)
+        mlock(found, length)
+    return found

@@ -58,9 +58,7 @@ class Remainder:
             for _, length in self._source.data_extents(disk, start, end)
         )
 
-    def _missing(
-        self, disk: int, ranges: Callable[[int, int], Iterator[Range]]
-    ) -> Iterator[Range]:
+    def _missing(self, disk: int, ranges: Callable[[int, int], Iterator[Range]]) -> Iterator[Range]:
         """What no claim covers of ``ranges(start, end)``, which are of whole chunks, ascending."""
         of_disk = self._source.record.disks[disk]
         begun = 0

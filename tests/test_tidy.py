@@ -17,7 +17,6 @@ LINES_MAX = 450
 LONGER = {
     "tests/test_wire.py": "one table of events, states and refusals",
     "tests/test_mount.py": "one table of what a mount does",
-    "tests/test_mount_options.py": "one fixture for other users and one for every signal",
 }
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import GIB, scratch_parser, table
+from common import GIB, have_memory, scratch_parser, table
 from fio import fio, images, ratio, read_through, served, settle
 from systems import SYSTEMS
 
@@ -62,6 +62,7 @@ def warm_runs(arguments: argparse.Namespace, names: list[str], loads: list[Load]
         for load, name in itertools.product(loads * arguments.rounds, names):
             # Again, since other work on the machine may have taken the cache away.
             read_through(disks[name].path)
+            have_memory(2 * size)
             yield load, name, measure(disks[name].path, size, how, load, arguments.seconds)
             settle(disks[name].image)
 
@@ -73,6 +74,7 @@ def cold_runs(arguments: argparse.Namespace, names: list[str], loads: list[Load]
         for load, name in itertools.product(loads * arguments.rounds, names):
             image = copies[name]
             settle(image, drop=True)
+            have_memory(2 * size)
             with SYSTEMS[name](image, image.parent, arguments.cache) as disk:
                 yield load, name, measure(disk, size, how, load, arguments.seconds)
 

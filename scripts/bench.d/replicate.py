@@ -17,7 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common import BIN, GIB, MIB, clean_up_when_terminated, run, scratch_parser, table, wait_for
+from common import (
+    BIN,
+    GIB,
+    MIB,
+    clean_up_when_terminated,
+    have_memory,
+    run,
+    scratch_parser,
+    table,
+    wait_for,
+)
 from processes import Qmp, cpu_seconds, free_port, listens, running, wait_said
 
 _PIECE_BYTES = 4 * MIB
@@ -216,6 +226,7 @@ def main() -> None:
                 names.rotate(-number)
                 for name in names:
                     _warm(here.image)
+                    have_memory(size)
                     figures[name].append(systems[name][0]())
                     # Once is enough: the image is the same.
                     if len(figures[name]) == 1:
