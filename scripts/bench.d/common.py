@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import mmap
 import os
 import signal
 import subprocess
@@ -47,18 +46,6 @@ def peak_bytes(pid: int) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise SystemExit(f"process {pid} is gone")
-
-
-def have_memory(size: int) -> None:
-    """Have the kernel own so much free memory, as on a machine that has been busy for a while.
-
-    A virtual machine may give free memory back to its host (free page reporting of virtio-balloon,
-    some seconds after it was freed), and then waits for each page until it has it again: 0.5 to 1.8 s
-    for 1 GiB were seen here. Whoever comes first would pay for all who come later.
-    """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    with contextlib.suppress(OSError):
-        mmap.mmap(-1, size, flags=flags).close()
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 3600) -> None:

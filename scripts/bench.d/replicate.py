@@ -17,17 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (
-    BIN,
-    GIB,
-    MIB,
-    clean_up_when_terminated,
-    have_memory,
-    run,
-    scratch_parser,
-    table,
-    wait_for,
-)
+from common import BIN, GIB, MIB, clean_up_when_terminated, run, scratch_parser, table, wait_for
+from freememory import little_free, recall
 from processes import Qmp, cpu_seconds, free_port, listens, running, wait_said
 
 _PIECE_BYTES = 4 * MIB
@@ -190,6 +181,25 @@ def _timed(*words: str | Path) -> tuple[float, float]:
     return time.monotonic() - begun, usage.ru_utime + usage.ru_stime
 
 
+def in_turn(
+    here: Copies, systems: dict[str, Callable[[], Copied]], rounds: int
+) -> dict[str, list[Copied]]:
+    """Each system once a round, which begins with another one each time."""
+    figures: dict[str, list[Copied]] = {name: [] for name in systems}
+    for number in range(rounds):
+        names = deque(systems)
+        names.rotate(-number)
+        for name in names:
+            _warm(here.image)
+            recall()
+            figures[name].append(systems[name]())
+            # Once is enough: the image is the same.
+            if len(figures[name]) == 1:
+                subprocess.run(["cmp", here.image, here.target], check=True)
+            here.target.unlink()
+    return figures
+
+
 def main() -> None:
     """Measure in turn and print medians."""
     parser = scratch_parser(__doc__ or "")
@@ -218,20 +228,11 @@ def main() -> None:
             for name, (_, tool) in systems.items()
             if tool != "replicator" and shutil.which(tool) is None
         ]
-        figures: dict[str, list[Copied]] = {name: [] for name in systems if name not in missing}
+        there = {name: copy for name, (copy, _) in systems.items() if name not in missing}
         run("fusedisk", "mount", here.image, here.mountpoint)
         try:
-            for number in range(arguments.rounds):
-                names = deque(figures)
-                names.rotate(-number)
-                for name in names:
-                    _warm(here.image)
-                    have_memory(size)
-                    figures[name].append(systems[name][0]())
-                    # Once is enough: the image is the same.
-                    if len(figures[name]) == 1:
-                        subprocess.run(["cmp", here.image, here.target], check=True)
-                    here.target.unlink()
+            with little_free(size):
+                figures = in_turn(here, there, arguments.rounds)
         finally:
             run("fusedisk", "unmount", here.mountpoint)
     finally:

@@ -1,0 +1,50 @@
+"""Free memory that costs every system the same.
+
+A virtual machine may give free memory back to its host some seconds after it was freed (free page
+reporting of virtio-balloon), and then waits for each page that it takes again: 0.3 to 1.8 s for
+1 GiB were seen. What a system is measured at would depend on what was freed before it, and when.
+So most of the free memory is held for as long as a benchmark runs, and the rest is taken and let
+go just before each run.
+"""
+
+import contextlib
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import GIB, MIB
+
+# Beyond what the kernel keeps for itself (vm.min_free_kbytes), so that no cached page has to go.
+_LEFT = 768 * MIB
+
+
+def _free() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemFree:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("/proc/meminfo does not say how much memory is free")
+
+
+def _take(size: int) -> mmap.mmap | None:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    return mmap.mmap(-1, size, flags=flags) if size > 0 else None
+
+
+@contextlib.contextmanager
+def little_free(needed: int) -> Iterator[None]:
+    """Leave this much and 1 GiB of what is free; the rest is held meanwhile."""
+    held = _take(_free() - needed - GIB)
+    if held is not None:
+        held.madvise(mmap.MADV_DONTFORK)
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+def recall() -> None:
+    """Have the kernel own all that is free."""
+    taken = _take(_free() - _LEFT)
+    if taken is not None:
+        taken.close()
