@@ -2,14 +2,14 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fusedisk.activity cimport pthread_mutex_t
 from fusedisk.mapped cimport Mapping
+from fusedisk.turns cimport Turns
 
 cdef struct Cached:
     int fd
-    # Of a file: held for a large write.
+    # Of a file: a large write has a turn of its own.
     bint one_writer
-    pthread_mutex_t writing
+    Turns writing
     # Of pieces of the image: the last one that a large write made a folio for, in its slot.
     uint32_t *made
 

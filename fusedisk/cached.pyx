@@ -11,14 +11,8 @@ pages (see image.py).
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from fusedisk.activity cimport pthread_mutex_t
 from fusedisk.mapped cimport mapped_drop
-
-cdef extern from "pthread.h" nogil:
-    int pthread_mutex_init(pthread_mutex_t *lock, void *attributes)
-    int pthread_mutex_destroy(pthread_mutex_t *lock)
-    int pthread_mutex_lock(pthread_mutex_t *lock)
-    int pthread_mutex_unlock(pthread_mutex_t *lock)
+from fusedisk.turns cimport turn_nearly_over, turn_over, turn_take, turns_begin
 
 cdef extern from *:
     """
@@ -88,13 +82,12 @@ cdef bint cached_begin(Cached *cached, int fd) noexcept nogil:
     """Ready for writes to an image, which stays open; false where there is no memory."""
     cached.fd, cached.one_writer = fd, ca_is_file(fd)
     cached.made = <uint32_t *>calloc(_SLOTS, sizeof(uint32_t))
-    pthread_mutex_init(&cached.writing, NULL)
+    turns_begin(&cached.writing)
     return cached.made != NULL
 
 
 cdef void cached_end(Cached *cached) noexcept nogil:
     """Nobody writes any more."""
-    pthread_mutex_destroy(&cached.writing)
     free(cached.made)
 
 
@@ -121,12 +114,27 @@ cdef int64_t cached_write(
     cdef int64_t result
     if length <= CA_PIECE or not cached.one_writer:
         return ca_pwrite_all(cached.fd, data, length, offset, CA_PIECE)
-    pthread_mutex_lock(&cached.writing)
-    result = ca_pwrite_all(
-        cached.fd, data, length, offset, _at_a_time(cached, mapping, offset, length)
-    )
-    pthread_mutex_unlock(&cached.writing)
+    turn_take(&cached.writing)
+    result = _write_in_turn(cached, mapping, data, offset, length)
+    turn_over(&cached.writing)
     return result
+
+
+cdef int64_t _write_in_turn(
+    Cached *cached, Mapping *mapping, const char *data, uint64_t offset, uint64_t length
+) noexcept nogil:
+    """Write all, and say so when a quarter is left."""
+    cdef uint64_t most = _at_a_time(cached, mapping, offset, length)
+    # Between pieces, so that none is written in two parts.
+    cdef uint64_t late = (offset + length - length // 4) // CA_PIECE * CA_PIECE
+    cdef uint64_t first = late - offset if late > offset else 0
+    cdef int64_t result = 0
+    if first:
+        result = ca_pwrite_all(cached.fd, data, first, offset, most)
+    turn_nearly_over(&cached.writing)
+    if result >= 0:
+        result = ca_pwrite_all(cached.fd, data + first, length - first, offset + first, most)
+    return <int64_t>length if result >= 0 else result
 
 
 cdef bint _made(Cached *cached, uint64_t first, uint64_t end) noexcept nogil:
