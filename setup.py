@@ -8,8 +8,8 @@ setup(
         [
             Extension(f"fusedisk.{name}", [f"fusedisk/{name}.pyx"], extra_compile_args=["-O2"])
             for name in (
-                *("activity", "changemap", "direct", "capture", "mapped", "turns", "cached", "disk"),
-                *("parked", "slowing", "gateword", "device", "relay", "datapath", "zeros"),
+                *("activity", "changemap", "direct", "capture", "mapped", "cached", "disk"),
+                *("turns", "parked", "slowing", "gateword", "device", "relay", "datapath", "zeros"),
             )
         ],
         language_level=3,

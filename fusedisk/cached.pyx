@@ -1,11 +1,11 @@
 # cython: boundscheck=False, wraparound=False
 """Writes to a backing image through the page cache, in the folios that serve its guest best.
 
-What a write costs depends on the folios that it meets. ext4 walks all blocks of a folio at each
-write into it (4 KiB: 1.7 us where folios are single pages, 3.6 of 64 KiB, 19 of 1 MiB), and a large
-write pays for each folio by itself (1 MiB: 190 us in single pages, 134 in folios of 64 KiB, 130 of
-1 MiB). A write makes folios of up to its own length where nothing is cached; reads leave single
-pages (see image.py).
+What a write costs depends on the folios that it meets (scripts/bench folios). ext4 walks all blocks
+of a folio at each write into it: 4 KiB cost 1.7 times as much in folios of 64 KiB as in single
+pages, and 8 times in folios of 1 MiB. And a large write pays for each folio by itself: 1 MiB costs
+half as much in folios of 64 KiB as in single pages, and hardly less in larger ones. A write makes
+folios of up to its own length where nothing is cached; reads leave single pages (see image.py).
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -151,7 +151,8 @@ cdef uint64_t _at_a_time(
     """How much of a large write to write at a time.
 
     Clean single pages are worth less than the folios that come in their place: to drop them and to
-    make these takes as long as to make the pages dirty one by one, and each later write is faster.
+    make these takes up to 1.6 times as long as to make the pages dirty one by one, once, and each
+    later write takes half the time.
     """
     cdef uint64_t pages, dirty, piece
     # Of the pieces at the edges only a part is written, and makes smaller folios.

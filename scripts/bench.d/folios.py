@@ -7,6 +7,7 @@ single pages (fusedisk/cached.pyx). Microseconds of processor time, the interpre
 """
 
 import argparse
+import itertools
 import os
 import random
 import statistics
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from common import MIB, scratch_parser, table
+from freememory import little_free, recall
 
 FOLIOS = [4 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 1 << 20]
 PIECE = 64 << 10
@@ -84,11 +86,14 @@ def main() -> None:
     """Measure each size in turn, round after round, and print medians."""
     arguments = parse()
     seen: dict[int, list[list[float]]] = {folio: [] for folio in FOLIOS}
-    with tempfile.NamedTemporaryFile(prefix="fusedisk-bench-", dir=arguments.scratch) as found:
+    with (
+        tempfile.NamedTemporaryFile(prefix="fusedisk-bench-", dir=arguments.scratch) as found,
+        little_free(2 * arguments.mib * MIB),
+    ):
         file = File(found.fileno(), arguments.mib)
-        for _ in range(arguments.rounds):
-            for folio in FOLIOS:
-                seen[folio].append(list(file.costs(folio)))
+        for _, folio in itertools.product(range(arguments.rounds), FOLIOS):
+            recall()
+            seen[folio].append(list(file.costs(folio)))
     rows = []
     for folio, runs in seen.items():
         medians = (statistics.median(one) for one in zip(*runs, strict=True))
