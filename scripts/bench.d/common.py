@@ -48,13 +48,15 @@ def peak_bytes(pid: int) -> int:
     raise SystemExit(f"process {pid} is gone")
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 3600) -> None:
+def wait_for(
+    condition: Callable[[], object], what: str, seconds: float = 3600, *, poll: float = 0.1
+) -> None:
     """Poll until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise SystemExit(f"timed out waiting until {what}")
-        time.sleep(0.1)
+        time.sleep(poll)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
