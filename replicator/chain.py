@@ -56,6 +56,11 @@ class Chain:
         self.root = known[0]
         return False
 
+    @property
+    def sent_kept(self) -> bool:
+        """Whether what the target keeps of a pass is what this process sent."""
+        return self._kept in self._checkpoints
+
     def begin(self, kind: str, *, continues: bool) -> tuple[TransferDigest, bytes | None]:
         """Begin a pass, on top of what the target keeps if it goes on: its digest, and its root.
 
@@ -66,7 +71,7 @@ class Chain:
         self._whole = kind != "pass" or (self.root is not None and self.root.whole)
         if not continues:
             self._checkpoints.clear()
-        elif self._kept not in self._checkpoints:
+        elif not self.sent_kept:
             # Another process sent that: only the target says what it was.
             self._whole = False
         self._base = secrets.token_bytes(DIGEST_BYTES) if anew else self._value()

@@ -9,7 +9,8 @@ from replicator.clones import ClonePass
 from replicator.deciding import DecidableReplica
 from replicator.journal import JournalDamaged, JournalHeader, JournalWriter
 from replicator.manifest import Claim, Filled, Received, check_text, clear_errors
-from replicator.received import with_claim
+from replicator.messages import HASH_BLOCK_BYTES
+from replicator.received import towards, with_claim
 
 
 class CheckpointedReplica(DecidableReplica):
@@ -38,10 +39,25 @@ class CheckpointedReplica(DecidableReplica):
         return received if (received.clones is not None) == self._cloning else None
 
     @property
+    def towards(self) -> str | None:
+        """The generation whose epochs the claims count."""
+        return self._manifest.generation if self.received is None else towards(self.received)
+
+    @property
     def kept(self) -> bytes:
         """The digest of the pass that was cut off, as it was noted; empty where there is none."""
         noted = self.filled or self.received
         return bytes.fromhex((noted and noted.digest) or "")
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much room the journal of that pass takes; clones hold nothing twice, and count 0."""
+        return 0 if self.received is None else self.received.length
+
+    @property
+    def number(self) -> int:
+        """Of the pass being received, counted since the replica was opened."""
+        return self._number
 
     @property
     def passed(self) -> bytes:
@@ -50,31 +66,39 @@ class CheckpointedReplica(DecidableReplica):
             return self._passed.value()
 
     def checkpoint(
-        self, generation: str, epoch: int, disk: int, offset: int, passed: bytes = b""
+        self,
+        generation: str,
+        epoch: int,
+        disk: int,
+        offset: int,
+        passed: bytes = b"",
+        *,
+        of: int | None = None,
     ) -> None:
         """Note durably that the pass is there up to byte `offset` of a disk, where it was `passed`.
 
         "There" is what nobody wrote after `epoch`. Covers the writes that returned before. Without
-        effect in a pass that goes from one history to another. Raises FuseDiskError on an I/O
-        error.
+        effect in a pass towards another generation, and in another than the one with the number
+        `of` (see `number`). Raises FuseDiskError on an I/O error.
         """
         check_text("generation", generation)
-        with self._dropping_if_full():
+        of = self._number if of is None else of
+        with self._leaving_if_full():
             filling = self._manifest.state == "filling"
             note = self._checkpoint_fill if filling else self._checkpoint_pass
-            note(generation, Claim(epoch, disk, offset), passed.hex() or None)
+            note(generation, Claim(epoch, disk, offset), passed.hex() or None, of)
 
-    def _checkpoint_fill(self, generation: str, at: Claim, passed: str | None) -> None:
+    def _checkpoint_fill(self, generation: str, at: Claim, passed: str | None, of: int) -> None:
         with self._sharing():
-            begun = self._filling
-            if not self._is_filled_by(generation, at.epoch):
+            # Invariant: nothing is claimed of a pass that was said of the one before it.
+            if of != self._number or not self._is_filled_by(generation, at.epoch):
                 return
             self._range(at.disk, at.offset, 0)
             # Invariant: what the manifest claims to be there is durable before it says so.
             self._sync_images()
         with self._excluding():
             # The pass may have ended meanwhile, or another one begun.
-            if self._filling == begun and self._is_filled_by(generation, at.epoch):
+            if of == self._number and self._is_filled_by(generation, at.epoch):
                 self._record(
                     msgspec.structs.replace(
                         self._manifest, filled=self._as_filled(generation, at, passed)
@@ -109,10 +133,11 @@ class CheckpointedReplica(DecidableReplica):
             *(generation, at.epoch, at.disk, at.offset, self._order(), passed), based=self._based
         )
 
-    def _checkpoint_pass(self, generation: str, claim: Claim, passed: str | None) -> None:
+    def _checkpoint_pass(self, generation: str, claim: Claim, passed: str | None, of: int) -> None:
         with self._sharing():
             receiving = self._receiving
-            if receiving is None or self._manifest.committed[0] != generation:
+            # Invariant: the epochs of claims are counted by the marks of one generation.
+            if receiving is None or of != self._number or self._towards != generation:
                 return
             self._range(claim.disk, claim.offset, 0)
             received = self._synced(receiving)
@@ -120,15 +145,38 @@ class CheckpointedReplica(DecidableReplica):
             if self._receiving is not receiving:
                 return
             before = self._manifest.received
-            claims = with_claim([] if before is None else before.claims, claim)
+            claims = [] if before is None else before.claims
+            if not self._is_of_comparison(claims, claim):
+                return
+            claims = with_claim(claims, claim)
             received = msgspec.structs.replace(received, claims=claims, digest=passed)
             self._record(msgspec.structs.replace(self._manifest, received=received))
+
+    def _is_of_comparison(self, claims: list[Claim], claim: Claim) -> bool:
+        """Whether a claim may stand beside those that there are, where the pass compares.
+
+        Invariant: whoever goes on compares beyond the farthest claim, and sends what was written
+        after its epoch. What is kept for there was read after the epoch that the comparison began
+        with, so that is its epoch until the comparison is known to be complete.
+        """
+        if self._based or claim.epoch == self._epoch:
+            return True
+        return any(self._is_whole(each) for each in (claim, *claims))
+
+    def _is_whole(self, claim: Claim) -> bool:
+        last = len(self._numbers) - 1
+        end = self._manifest.disks[self._numbers[last]].size
+        return (claim.disk, claim.offset) >= (last, end)
 
     def _synced(self, receiving: JournalWriter | ClonePass) -> Received:
         """Make durable what the pass has; what to note of it, but for the claims."""
         generation, epoch = self._manifest.committed
         assert generation is not None and epoch is not None
-        noted = Received(receiving.id, generation, epoch, self._order(), [])
+        noted = Received(
+            *(receiving.id, generation, epoch, self._order(), []),
+            towards=self._towards,
+            compared=not self._based,
+        )
         try:
             # Invariant: what the manifest claims to be there is durable before it says so.
             if isinstance(receiving, ClonePass):
@@ -140,30 +188,45 @@ class CheckpointedReplica(DecidableReplica):
             self._unusable = "failed to sync; open it again and repeat the pass"
             raise FuseDiskError(f"cannot sync {receiving.path}: {error.strerror}") from error
 
-    def _go_on(self, generation: str | None) -> None:
+    def _go_on(self, epoch: int, generation: str | None, *, based: bool) -> None:
         """Take up the pass that is kept, which is dropped if it is not what was written."""
         with self._excluding():
             self._require_not_promoted()
             try:
-                self._take_up(generation)
+                self._take_up(generation, based=based)
             except JournalDamaged:
                 self._forget_pass()
                 raise
-            self._begun = True
+            self._begun, self._based = True, based
+            self._towards, self._epoch = generation, epoch
 
-    def _take_up(self, generation: str | None) -> None:
+    def _take_up(self, generation: str | None, *, based: bool) -> None:
         received = self.received
-        if received is None or received.generation != generation:
+        if received is None or (towards(received), not received.compared) != (generation, based):
             raise FuseDiskError(f"replica {self.name!r} keeps no pass to go on with; begin anew")
         with clear_errors(f"cannot go on with a pass for replica {self.name!r}"):
             if received.clones is not None:
                 self._receiving = ClonePass(self._files, self._directory, self._fds, kept=received)
+                if received.compared:
+                    self._uncompare(self._receiving, received.claims[0])
                 return
             base = received.generation, received.epoch
             header = JournalHeader(received.id, self._manifest.source_id, *base, received.epoch)
             self._receiving = JournalWriter(
                 self._files, self._directory, received.slot, header, received.length
             )
+
+    def _uncompare(self, receiving: ClonePass, farthest: Claim) -> None:
+        """Make a pass what its point is beyond the place that it was compared up to.
+
+        Invariant: what was sent beyond it may be torn, and nobody need have written there since.
+        The sender compares with the point, so it may find nothing there that it would send again.
+        (A journal has no torn record; what one says was the source's then, or was written since.)
+        """
+        for number, disk in enumerate(self._numbers):
+            start = farthest.offset if number == farthest.disk else 0
+            if number >= farthest.disk:
+                receiving.take_back(disk, start // HASH_BLOCK_BYTES * HASH_BLOCK_BYTES)
 
     def _order(self) -> list[str]:
         return [self._manifest.disks[number].name for number in self._numbers]

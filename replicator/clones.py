@@ -132,6 +132,24 @@ class ClonePass:
                 self.changed[disk] = ChangedRanges()
             return self._next[disk]
 
+    def take_back(self, disk: int, start: int) -> None:
+        """Make a kept disk what it was before the pass, from a whole block on.
+
+        Raises OSError, and JournalDamaged where the filesystem does not clone a part of a file.
+        """
+        if disk not in self._next:
+            return
+        image, length = self._begin[disk], os.fstat(self._begin[disk]).st_size - start
+        try:
+            if start == 0:
+                self._files.clone(image, self._next[disk])
+            elif length > 0:
+                self._files.clone_range(image, self._next[disk], start, length)
+        except OSError as error:
+            if error.errno not in CANNOT_CLONE:
+                raise
+            raise JournalDamaged(f"cannot go on with a comparison in {self.path}") from error
+
     def sync(self) -> list[int]:
         """Make durable what was written before, and return which disks that is. Raises OSError."""
         with self._mutex:

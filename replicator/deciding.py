@@ -9,16 +9,16 @@ import msgspec
 from fusedisk.errors import FuseDiskError
 from fusedisk.image import stamp
 from replicator.clones import preserve
-from replicator.holding import HeldReplica
 from replicator.manifest import MAX_ABORTED_TOKENS, check_epoch, check_text, clear_errors
 from replicator.promotion import clear_image_fences, rollback_clones, rollback_journal
+from replicator.room import BoundedReplica
 
 
 class OtherRoot(FuseDiskError):
     """The replica is not what was sent."""
 
 
-class DecidableReplica(HeldReplica):
+class DecidableReplica(BoundedReplica):
     """Promotion, going back to a point, and cutovers that are void."""
 
     def promote(self, token: str, epoch: int, root: bytes | None = None) -> None:

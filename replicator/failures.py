@@ -4,10 +4,10 @@ import errno
 
 from fusedisk.errors import FuseDiskError
 from replicator.deciding import OtherRoot
-from replicator.holding import FULL
 from replicator.journal import JournalDamaged
 from replicator.messages import RemoteProtocolError
 from replicator.replica import TargetFull
+from replicator.room import FULL
 from replicator.store import ReplicaBusy
 
 # A disk or a filesystem that may be looked after, and a host that is short of something for now.

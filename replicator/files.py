@@ -134,6 +134,11 @@ class Files:
         finally:
             os.close(fd)
 
+    def room(self, directory: Path) -> int:
+        """How many bytes the filesystem of a directory has left for us."""
+        found = os.statvfs(directory)
+        return found.f_bavail * found.f_frsize
+
     def rename(self, old: Path, new: Path) -> None:
         """Move a file over `new`, or a directory over nothing or an empty directory."""
         old.rename(new)

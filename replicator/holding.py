@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
 from fusedisk.errors import FuseDiskError
-from fusedisk.units import format_size
 from replicator.clones import ClonePass, remove_next
 from replicator.journal import JournalDamaged, JournalWriter, remove_journals
 from replicator.manifest import (
@@ -28,7 +25,7 @@ from replicator.manifest import (
     write_manifest,
 )
 from replicator.pins import pinned_points
-from replicator.points import overdue, remove_files, remove_unlisted, report_lost, thin_one
+from replicator.points import overdue, remove_unlisted, thin_one
 from replicator.recovery import (
     applied,
     apply_journal,
@@ -44,12 +41,6 @@ if TYPE_CHECKING:
 
 Status = Literal["new", "existing"]
 log = logging.getLogger("replicator.store")
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""The errors of a filesystem without room."""
-
-
-class TargetFull(FuseDiskError):
-    """There is no room for a pass; the replica is as it was before it."""
 
 
 class HeldReplica:
@@ -98,6 +89,8 @@ class HeldReplica:
         self._filling: int | None = None
         self._clearing: int | None = None
         self._based = False
+        self._towards: str | None = None
+        self._epoch = self._number = 0
         self._passed = TransferDigest()
         self._base: bytes | None = None
         self._dropped = 0
@@ -274,105 +267,24 @@ class HeldReplica:
 
     def _forget_pass(self) -> None:
         """Drop the pass being received, or what is kept of one that was cut off."""
-        received = self._manifest.received
-        if received is not None:
-            # Invariant: nothing is claimed any more of files that another pass is to have.
-            self._record(msgspec.structs.replace(self._manifest, received=None))
-        if self._receiving is None and received is not None:
+        received, receiving = self._manifest.received, self._receiving
+        # Before the record, which needs room too, and what is kept may have taken all of it: a pass
+        # whose files are gone is not kept, whatever the manifest says.
+        self._drop_pass()
+        if receiving is None and received is not None:
             with clear_errors(f"cannot remove a pass of replica {self.name!r}"):
                 if received.clones is None:
                     remove_journals(self._files, self._directory, [received.slot])
                 else:
                     remove_next(self._files, self._directory)
-        self._drop_pass()
+        if received is not None:
+            # Invariant: nothing is claimed any more of files that another pass is to have.
+            self._record(msgspec.structs.replace(self._manifest, received=None))
 
     def _drop_published(self) -> None:
         if self._published is not None:
             self._published.drop()
             self._published = None
-
-    def _as_room_is_made(self, step: Callable[[], None]) -> None:
-        """Take a step of a pass, again and again while room can be made for it.
-
-        So a pass that needs the room of many points is sent once and not once for each of them.
-        """
-        while True:
-            dropped = self._dropped
-            try:
-                return step()
-            except FuseDiskError as error:
-                if not _is_full(error) or not self._make_room(dropped):
-                    raise
-
-    def _make_room(self, dropped: int) -> bool:
-        """Whether there is more room than when so many points had been dropped."""
-        with self._condition:
-            applying = self._manifest.journal is not None
-        if applying:
-            # Its journal goes with that.
-            with self._at_rest():
-                return True
-        return self._dropped != dropped or self._drop_oldest_point() is not None
-
-    def _make_room_for(self, needed: int) -> None:
-        """Drop the oldest points until a journal fits; refuse it where that would not do either."""
-        missing = needed - self._room()
-        if missing > 0:
-            # What is committed gives the room of its journal back.
-            with self._at_rest():
-                missing = needed - self._room()
-        pinned = self._pinned() if missing > 0 else frozenset()
-        points = self._manifest.points[:-1]
-        points = list(takewhile(lambda point: point.id not in pinned, points))
-        if missing > sum(point.undo_bytes for point in points):
-            raise TargetFull(
-                f"target full: the next pass of replica {self.name!r} needs {format_size(needed)} "
-                f"for its journal and there are {format_size(needed - missing)} left; free some at "
-                "the target, or keep the store on a filesystem with reflinks"
-            )
-        for point in points:
-            if missing <= 0:
-                return
-            self._drop_oldest_point()
-            # Not measured: a filesystem may give room back a moment later.
-            missing -= point.undo_bytes
-
-    def _room(self) -> int:
-        with clear_errors(f"cannot look how much room replica {self.name!r} has"):
-            found = os.statvfs(self._directory)
-        return found.f_bavail * found.f_frsize
-
-    @contextmanager
-    def _dropping_if_full(self) -> Iterator[None]:
-        """Give the room of an unfinished pass back where the target is full."""
-        try:
-            yield
-        except FuseDiskError as error:
-            if not _is_full(error):
-                raise
-            with self._alone():
-                self._drop_pass()
-            freed = self._drop_oldest_point()
-            raise TargetFull(
-                f"target full: no room for a pass of replica {self.name!r}; "
-                + (f"recovery point {freed} was dropped" if freed else "free some at the target")
-            ) from error
-
-    def _drop_oldest_point(self) -> int | None:
-        """Give the room of the oldest point back; its id, or None where only the newest is left."""
-        with self._apply_mutex, self._alone():
-            points = self._manifest.points
-            if self._unusable is not None or len(points) < 2:
-                return None
-            oldest = points[0]
-            # Before the record, which needs room too: a listed oldest point without its file is
-            # taken for dropped.
-            with suppress(OSError):
-                remove_files(self._files, self._directory, oldest)
-            report_lost(self._directory, [oldest], "target full")
-            self._dropped += 1
-            self._record(msgspec.structs.replace(self._manifest, points=points[1:]))
-            return oldest.id
 
     def _sync_images(self) -> None:
         try:
@@ -435,8 +347,3 @@ class HeldReplica:
             with self._condition:
                 self._exclusive = False
                 self._condition.notify_all()
-
-
-def _is_full(error: FuseDiskError) -> bool:
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno in FULL

@@ -108,8 +108,12 @@ class Received(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     It is the first `length` bytes of the journal in `slot`, or with `clones` the disks so numbered
     (clones.py). `claims` hold of it and of the images where it has nothing; they are ordered from
-    the farthest place and oldest epoch to the nearest and newest. `order` names the disks as sent,
+    the farthest place and oldest epoch to the nearest and newest. Their epochs are those of the
+    generation `towards`, by default that of the point. `order` names the disks as sent,
     and `digest` is that of the pass at the checkpoint that was noted last.
+
+    With `compared` the pass compares all with the point: beyond the farthest claim nothing is
+    known, whatever was written when.
     """
 
     id: Hex
@@ -121,6 +125,8 @@ class Received(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     length: Annotated[int, msgspec.Meta(ge=0)] = 0
     clones: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
     digest: Hex | None = None
+    towards: Text | None = None
+    compared: bool = False
 
 
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -128,9 +128,12 @@ class Reached(Message, frozen=True):
 class Opened(Message, frozen=True):
     """What the receiver has under that name. ``applying``: its images are between two points.
 
-    ``reached`` is durable, of a first fill or comparison that was cut off. ``received`` is of a
-    later pass, on top of the committed epoch: each holds by itself. ``kept`` is the digest of the
+    ``reached`` is durable, of a fill or comparison that was cut off. ``received`` is of a pass on
+    top of the committed epoch: each holds by itself. ``kept`` is the digest of the
     pass that either is of, as it was noted. ``root`` is the committed epoch's, if it is known.
+
+    Where a pass is kept in a journal, which takes ``kept_bytes``, the target has ``room`` for so
+    many bytes more.
     """
 
     state: Literal["new", "existing", "filling", "following", "promoted"]
@@ -142,6 +145,8 @@ class Opened(Message, frozen=True):
     received: Annotated[list[Reached], Meta(max_length=RECEIVED_MAX)] = []
     root: Digest | None = None
     kept: Digest | None = None
+    room: Count | None = None
+    kept_bytes: Count = 0
 
 
 class Begin(Message, frozen=True):

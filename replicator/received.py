@@ -2,8 +2,8 @@
 
 Now and then a sender says how far it came. What the pass has by then is synced, and the manifest
 notes it with what holds of it: the claims (`manifest.Received`). Whoever opens the replica finds
-it, and the sender goes on from there with what no claim covers. A pass that leads from another
-history is not kept: what marks say counts from the point committed last.
+it, and the sender goes on from there with what no claim covers. Of a pass that compares all, as
+from another history, only what it was compared up to is believed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from pathlib import Path
 
 from replicator.clones import next_path
 from replicator.journal import journal_directory
-from replicator.manifest import CLAIMS_MAX, Claim, Manifest
+from replicator.manifest import CLAIMS_MAX, Claim, Manifest, Received
+
+
+def towards(received: Received) -> str:
+    """The generation whose epochs the claims of a pass count."""
+    return received.towards or received.generation
 
 
 def is_there(directory: Path, manifest: Manifest) -> bool:

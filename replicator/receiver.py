@@ -22,6 +22,7 @@ from replicator.failures import failure_code
 from replicator.link import Link, LinkLost, say_last
 from replicator.manifest import ReplicaDisk, read_manifest
 from replicator.proving import DiskProof
+from replicator.reaching import Reached
 from replicator.reading import serve_reads
 from replicator.records import Piece
 from replicator.replica import Replica
@@ -142,7 +143,7 @@ class Receiver:
                 )
             assert replica is not None
             manifest = replica.manifest
-            await link.send(_opened(replica))
+            await link.send(await trio.to_thread.run_sync(_opened, replica))
             log.info("replica %s: %s at epoch %s", opening.name, manifest.state, manifest.epoch)
             queue = EventQueue()
             with one_error():
@@ -235,7 +236,7 @@ async def _work(
     nursery: trio.Nursery,
 ) -> None:
     digest = TransferDigest()
-    checkpointing = trio.Lock()
+    reached = Reached(replica, nursery)
     proof = DiskProof(replica.prove)
     answering = trio.Semaphore(_PINGS_MAX)
     beat = Beat(link)
@@ -256,10 +257,7 @@ async def _work(
                 await link.send(hashes)
             case m.Checkpoint():
                 _require_equal(event, digest)
-                # Beside what follows; one that comes while another is noted is let go.
-                if not checkpointing.locked():
-                    at = event.reached, replica.passed
-                    nursery.start_soon(_checkpoint, replica, *at, checkpointing)
+                reached.note(event.reached)
             case m.Begin():
                 digest = TransferDigest(replica.kept if event.continues else b"")
                 begin = partial(
@@ -367,13 +365,16 @@ def _opened(replica: Replica) -> m.Opened:
     reached, received = None, []
     if filled is not None and not filled.based:
         reached = m.Reached(filled.generation, filled.epoch, filled.disk, filled.offset)
-    if manifest.generation is not None:
-        of = manifest.generation
+    if (of := replica.towards) is not None:
         received = [m.Reached(of, c.epoch, c.disk, c.offset) for c in replica.claims]
+    if replica.received is not None and replica.received.compared:
+        reached = received[0]
     return m.Opened(
         *(state, *point, manifest.token, manifest.applying, reached, received),
         root=bytes.fromhex(manifest.root or "") or None,
         kept=replica.kept or None,
+        room=replica.room_for_rest() if replica.kept_bytes else None,
+        kept_bytes=replica.kept_bytes,
     )
 
 
@@ -381,15 +382,6 @@ def _require_equal(said: m.Checkpoint | m.Commit, digest: TransferDigest) -> Non
     # Invariant: nothing is noted or committed that is not what was sent, in that order.
     if (said.transfers, said.digest) != (digest.count, digest.value()):
         raise m.RemoteProtocolError("the pass is not the one that was sent")
-
-
-async def _checkpoint(
-    replica: Replica, at: m.Reached, passed: bytes, checkpointing: trio.Lock
-) -> None:
-    async with checkpointing:
-        await trio.to_thread.run_sync(
-            replica.checkpoint, at.generation, at.epoch, at.disk, at.offset, passed
-        )
 
 
 def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:

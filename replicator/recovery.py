@@ -22,6 +22,7 @@ from replicator.journal import (
     ChangedRange,
     JournalDamaged,
     JournalWriter,
+    journal_directory,
     read_journal,
     read_ranges,
     remove_journals,
@@ -201,10 +202,23 @@ def recover(files: Files, directory: Path, manifest: Manifest, fds: Sequence[int
             report_damage(directory, damage, len(manifest.points))
             manifest = unknown(manifest)
         write_manifest(files, directory, manifest)
+    _cut_to_noted(directory, manifest.received, files)
     if _remove_leftovers(files, directory, manifest.received):
         log.info("replica %s: removed what was left in its journal", directory.name)
     remove_unlisted(files, directory, manifest.points)
     return manifest
+
+
+def _cut_to_noted(directory: Path, received: Received | None, files: Files) -> None:
+    """Give the room back of what a pass that is kept has beyond what was noted of it.
+
+    Whoever goes on with it does the same, so here it may fail.
+    """
+    if received is None or received.clones is not None:
+        return
+    path = journal_directory(directory) / str(received.slot)
+    with suppress(OSError), path.open("r+b") as file:
+        files.truncate(file.fileno(), received.length)
 
 
 def _remove_leftovers(files: Files, directory: Path, received: Received | None) -> int:

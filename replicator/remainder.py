@@ -9,6 +9,7 @@ be sent; beyond all of them what was written after the committed epoch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from replicator import messages as m
@@ -17,12 +18,41 @@ from replicator.source import Source
 
 Range = tuple[int, int]
 
+# Of a journal beside its data: the heads of its records, its header and trailer, and a manifest.
+_SPARE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a target has for a pass, in bytes: ``free``, and what it ``kept`` of it."""
+
+    free: int
+    kept: int
+
+    def is_only_anew(self, rest: int, whole: int) -> bool:
+        """Whether a pass has no room for its ``rest``, but would have if it were begun anew.
+
+        What is kept may have chunks that the guest overwrote since, several times over. An eighth
+        more than the ``whole`` has to fit, so that what is sent again is not sent in vain: the
+        guest goes on writing, and room may come for the rest.
+        """
+        fits = whole + whole // 8 + _SPARE_BYTES <= self.free + self.kept
+        return fits and rest + _SPARE_BYTES > self.free
+
 
 class Remainder:
     """What a target at epoch ``committed`` lacks, with the claims that hold there besides."""
 
-    def __init__(self, source: Source, committed: int, claims: Sequence[m.Reached] = ()) -> None:
+    def __init__(
+        self,
+        source: Source,
+        committed: int,
+        claims: Sequence[m.Reached] = (),
+        room: Room | None = None,
+    ) -> None:
+        """``room`` is what the target said, where what is kept takes some."""
         self._source = source
+        self.room = room
         self._claims = sorted(claims, key=lambda claim: (claim.disk, claim.offset))
         end = len(source.fds) - 1, source.record.disks[-1].size
         whole = [c.epoch for c in claims if (c.disk, c.offset) >= end]
@@ -33,6 +63,11 @@ class Remainder:
     def continues(self) -> bool:
         """Whether there is a part of a pass to go on with."""
         return bool(self._claims)
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much room that part takes, as far as the target says so."""
+        return 0 if self.room is None else self.room.kept
 
     def ranges(self, captured: CapturedSource, disk: int) -> Iterator[Range]:
         """(start, end) of what has to be sent of a capture since :attr:`since`. A thread's work."""
@@ -78,11 +113,15 @@ class Remainder:
         yield from ranges(begun, of_disk.size)
 
 
-def remainder(source: Source, opened: m.Opened) -> Remainder:
-    """What a target at an epoch of ours lacks; what is not part of our history is not believed."""
-    assert opened.epoch is not None
-    ours = all(can_go_on(source, claim) for claim in opened.received)
-    return Remainder(source, opened.epoch, opened.received if ours else ())
+def remainder(source: Source, since: int, opened: m.Opened) -> Remainder:
+    """What a target lacks that is as the source at the end of epoch ``since``, or newer.
+
+    What it has of a pass besides is not believed where that is no part of our history.
+    """
+    if not all(can_go_on(source, claim) for claim in opened.received):
+        return Remainder(source, since)
+    room = None if opened.room is None else Room(opened.room, opened.kept_bytes)
+    return Remainder(source, since, opened.received, room)
 
 
 def can_go_on(source: Source, reached: m.Reached) -> bool:

@@ -22,7 +22,7 @@ from fusedisk.errors import FuseDiskError
 from replicator.chain import fold
 from replicator.checkpoints import CheckpointedReplica
 from replicator.clones import ClonePass, preserve
-from replicator.holding import Status, TargetFull
+from replicator.holding import Status
 from replicator.images import HashSegment, create_replica, hash_segments, open_images
 from replicator.journal import SLOTS, JournalDamaged, JournalHeader, JournalWriter
 from replicator.manifest import (
@@ -43,6 +43,7 @@ from replicator.points import before_commit
 from replicator.records import Piece
 from replicator.recovery import recover
 from replicator.retention import parse_policy
+from replicator.room import TargetFull
 from replicator.transfers import TransferDigest
 
 if TYPE_CHECKING:
@@ -133,13 +134,13 @@ class Replica(CheckpointedReplica):
 
         `digest` is the xxh3-128 of `data` where the caller has checked it.
         Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error;
-        TargetFull drops the pass, where the points that could be dropped are gone already.
+        TargetFull ends the pass, where the points that could be dropped are gone already.
         """
         self.write_many([Piece(disk, offset, memoryview(data), digest)])
 
     def write_many(self, pieces: Sequence[Piece]) -> None:
         """Take data for many places in this order, of a few MiB in all; else as `write`."""
-        with self._dropping_if_full():
+        with self._leaving_if_full():
             self._as_room_is_made(lambda: self._write(pieces))
 
     def _write(self, pieces: Sequence[Piece]) -> None:
@@ -176,7 +177,7 @@ class Replica(CheckpointedReplica):
         Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error;
         TargetFull drops the pass.
         """
-        with self._dropping_if_full():
+        with self._leaving_if_full():
             self._as_room_is_made(lambda: self._zero(disk, offset, length))
 
     def _zero(self, disk: int, offset: int, length: int) -> None:
@@ -253,9 +254,10 @@ class Replica(CheckpointedReplica):
             # Invariant: a pass is cloned from images at the point committed last.
             with self._at_rest():
                 pass
-        with self._dropping_if_full():
+        with self._leaving_if_full():
             with self._excluding():
                 self._require_not_promoted()
+                self._number += 1
                 passed = TransferDigest(self.kept if continues else b"")
                 if not continues:
                     self._forget_pass()
@@ -263,7 +265,7 @@ class Replica(CheckpointedReplica):
                 self._make_room_for(data_bytes)
             self._passed, self._base = passed, root
             if continues and self._manifest.state != "filling":
-                self._go_on(generation)
+                self._go_on(epoch, generation, based=based)
             else:
                 self._begin(epoch, generation, based=based, continues=continues)
 
@@ -281,13 +283,13 @@ class Replica(CheckpointedReplica):
                     self._record(msgspec.structs.replace(manifest, applying=True, filled=filled))
                 self._filling, self._based = epoch, based
                 return
+            self._towards, self._epoch, self._based = generation, epoch, based
             if self._cloning:
                 with clear_errors(f"cannot begin a pass for replica {self.name!r}"):
                     before, self._published = self._published, None
                     self._receiving = ClonePass(self._files, self._directory, self._fds, before)
                 return
-            generation, last = manifest.committed
-            header = JournalHeader(uuid.uuid4().hex, manifest.source_id, generation, last, epoch)
+            header = JournalHeader(uuid.uuid4().hex, manifest.source_id, *manifest.committed, epoch)
             # Invariant: the slot of a committed journal is not touched before it is applied, and
             # removed: the pass would lose its file by that.
             taken = {manifest.journal.slot} if manifest.journal else {self._clearing}
@@ -314,11 +316,11 @@ class Replica(CheckpointedReplica):
 
         Waits for the apply of the pass before it. Raises FuseDiskError outside a pass, if promoted,
         if the epoch goes back within its generation, or if the filesystem reports an error; after
-        the last, the replica has to be opened again. TargetFull drops the pass.
+        the last, the replica has to be opened again. TargetFull ends the pass.
         """
         check_text("generation", generation)
         check_epoch(epoch)
-        with self._dropping_if_full(), self._at_rest(), self._excluding():
+        with self._leaving_if_full(), self._at_rest(), self._excluding():
             self._require_changeable()
             last, root = self._manifest, None
             base = bytes.fromhex(last.root or "") if self._base is None else self._base

@@ -17,7 +17,7 @@ from fusedisk.replicas import Lag, lag_since
 from fusedisk.state import locked, read_mount_record
 from replicator.rates import Rates
 
-_LITTLE_BYTES = 1 << 20
+LITTLE_BYTES = 1 << 20
 _RUNS_AT_ONCE = 4096
 _QUIET_POLL_SECONDS = 0.001
 _MEASURE_SECONDS = 1.0
@@ -152,7 +152,7 @@ class Source:
 
         What only became holes is not counted.
         """
-        if sum(self.changed_bytes(since)) < _LITTLE_BYTES:
+        if sum(self.changed_bytes(since)) < LITTLE_BYTES:
             return 0
         return sum(
             length

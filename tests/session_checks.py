@@ -14,6 +14,7 @@ from simulated_disk import SimulatedFiles, Tree
 from simulated_mount import CHUNK, SimulatedMount
 
 from replicator.manifest import MAX_EPOCH, Manifest, Received, manifest_path, read_manifest
+from replicator.received import towards
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -92,10 +93,11 @@ def _check_received(
     mount: SimulatedMount, replica: Replica, scratch: Path, received: Received
 ) -> None:
     """What is kept of a pass, with the images where it has nothing, is as its claims say."""
-    if received.generation != mount.record.generation:
+    if (generation := towards(received)) != mount.record.generation:
         return
-    replica.begin(MAX_EPOCH, received.generation, continues=True)
-    replica.commit(received.generation, MAX_EPOCH)
+    based = not received.compared
+    replica.begin(MAX_EPOCH, generation, continues=True, based=based)
+    replica.commit(generation, MAX_EPOCH)
     replica.apply()
     for disk, changes in enumerate(mount.maps):
         found = (scratch / REPLICA / replica.manifest.disks[disk].name).read_bytes()
@@ -106,7 +108,12 @@ def _check_received(
                 for claim in received.claims
                 if (claim.disk, claim.offset) >= (disk, stop)
             ]
-            epoch = max([received.epoch, *claimed])
+            if based and received.generation == generation:
+                claimed.append(received.epoch)
+            if not claimed:
+                # A comparison did not come so far.
+                continue
+            epoch = max(claimed)
             same = found[start:stop] == mount.content[disk][start:stop]
             if not same and changes.last(start // CHUNK) <= epoch:
                 raise Wrong(

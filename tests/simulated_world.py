@@ -67,7 +67,7 @@ class World:
     def in_little_pieces(self) -> Iterator[None]:
         """The disks are small: what they have is sent in as many batches as of larger ones."""
         with (
-            mock.patch("replicator.sender._CHECKPOINT_SECONDS", self._rng.choice((0.0, 0.1, 2.0))),
+            mock.patch("replicator.passing._CHECKPOINT_SECONDS", self._rng.choice((0.0, 0.1, 2.0))),
             mock.patch("replicator.transfers.DATA_BYTES_MAX", 2 * CHUNK),
             mock.patch("replicator.batches._PIECES_MAX", 1),
         ):

@@ -155,7 +155,7 @@ class Simulation:
         claims = self._begin(replica, self._epoch, self._rng)
         if since is not None and self._rng.random() < 0.2:
             self._send(replica, source, source.changed(since, claims)[:1])
-            replica.begin(self._epoch, GENERATION)
+            replica.begin(self._epoch, GENERATION, based=True)
             claims = []
         if self._rng.random() < 0.5:
             replica.apply()
@@ -184,7 +184,7 @@ class Simulation:
         """Begin a pass, mostly by going on with one that was cut off; what it has."""
         received = replica.received
         continues = received is not None and rng.random() < 0.8
-        replica.begin(epoch, GENERATION, continues=continues)
+        replica.begin(epoch, GENERATION, continues=continues, based=True)
         if received is None or not continues:
             return []
         self.continued += 1

@@ -145,7 +145,7 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Store]:
 def cut_off(store: Store) -> None:
     """A pass to epoch 3 that came to byte 4096 of the first disk."""
     with opened(store, "a", "b") as replica:
-        replica.begin(3, "gen")
+        replica.begin(3, "gen", based=True)
         replica.write(0, 0, b"new")
         replica.checkpoint("gen", 3, 0, 4096)
         replica.write(1, 0, b"not noted")
@@ -161,7 +161,7 @@ def test_a_pass_goes_on_from_what_was_noted(store: Store) -> None:
         kept = replica.received
         assert kept is not None and kept.claims == [Claim(3, 0, 4096)]
         assert replica.hashes(1, 0, CHUNK, 0)[0].zero, "the point is what it was"
-        replica.begin(5, "gen", continues=True)
+        replica.begin(5, "gen", continues=True, based=True)
         assert replica.received is None, "it is not offered twice"
         replica.write(0, 3, b"er")
         replica.checkpoint("gen", 5, 0, 1024)
@@ -169,7 +169,7 @@ def test_a_pass_goes_on_from_what_was_noted(store: Store) -> None:
         assert replica.manifest.received.claims == [Claim(3, 0, 4096), Claim(5, 0, 1024)]
         assert replica.manifest.received.id == kept.id
     with opened(store, "a", "b") as replica:
-        replica.begin(6, "gen", continues=True)
+        replica.begin(6, "gen", continues=True, based=True)
         replica.commit("gen", 6)
         replica.checkpoint("gen", 6, 0, 4096)
         replica.apply()
@@ -183,8 +183,8 @@ def test_a_pass_is_kept_for_its_own_sequel_alone(store: Store) -> None:
         assert replica.received is None, "the disks are sent in another order"
     with opened(store, "a", "b") as replica:
         with pytest.raises(FuseDiskError, match="keeps no pass to go on with"):
-            replica.begin(5, "another", continues=True)
-        replica.begin(5, "gen")
+            replica.begin(5, "another", continues=True, based=True)
+        replica.begin(5, "gen", based=True)
         assert replica.manifest.received is None, "its files are another pass's now"
         replica.checkpoint("another", 5, 0, 4096)
         assert replica.manifest.received is None, "marks of another history say nothing"
@@ -192,7 +192,7 @@ def test_a_pass_is_kept_for_its_own_sequel_alone(store: Store) -> None:
     assert content(store)[0] == b"oldoldold"
     nothing = pytest.raises(FuseDiskError, match="keeps no pass to go on with")
     with opened(store, "a", "b") as replica, nothing:
-        replica.begin(6, "gen", continues=True)
+        replica.begin(6, "gen", continues=True, based=True)
 
 
 def test_a_store_that_is_moved_to_the_other_kind_keeps_no_pass(store: Store) -> None:
@@ -201,13 +201,12 @@ def test_a_store_that_is_moved_to_the_other_kind_keeps_no_pass(store: Store) -> 
     store.files.clones = not store.files.clones
     with opened(store, "a", "b") as replica:
         assert replica.received is None
-        replica.begin(5, "gen")
+        replica.begin(5, "gen", based=True)
         replica.write(1, 0, b"all")
         replica.commit("gen", 5)
         replica.apply()
     assert content(store) == [b"oldoldold", b"all" + bytes(6)]
-    for folder in (clone_directory(store.path / "r"), journal_directory(store.path / "r")):
-        assert not folder.is_dir() or not list(folder.glob("next.*")) + list(folder.glob("[01]"))
+    assert not files_of_a_pass(store)
 
 
 @pytest.mark.parametrize("how", ["promoted", "rolled back"])
@@ -232,7 +231,7 @@ def test_a_decision_ends_a_pass_that_is_kept(store: Store, how: str) -> None:
 def test_a_sync_that_fails_notes_nothing(store: Store) -> None:
     assert isinstance(store.files, EitherKind)
     with opened(store, "a", "b") as replica:
-        replica.begin(3, "gen")
+        replica.begin(3, "gen", based=True)
         replica.write(0, 0, b"new")
         store.files.failing = True
         with pytest.raises(FuseDiskError) as caught:
@@ -243,20 +242,91 @@ def test_a_sync_that_fails_notes_nothing(store: Store) -> None:
         assert replica.received is None
 
 
-def test_a_full_target_keeps_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_target_keeps_what_was_noted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(store)
-
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with opened(store, "a", "b") as replica:
-        replica.begin(5, "gen", continues=True)
+        replica.begin(5, "gen", continues=True, based=True)
+        replica.write(0, 3, b"er")
+        replica.checkpoint("gen", 5, 0, 1024)
         with monkeypatch.context() as patched:
             patched.setattr(store.files, "write", full)
-            with pytest.raises(FuseDiskError, match="target full"):
+            with pytest.raises(FuseDiskError, match="target full: no room for the rest of a pass"):
                 replica.write(0, 0, b"more")
     with opened(store, "a", "b") as replica:
+        assert replica.claims == [Claim(3, 0, 4096), Claim(5, 0, 1024)]
+        replica.begin(6, "gen", continues=True, based=True)
+        replica.write(1, 0, b"the rest")
+        replica.commit("gen", 6)
+        replica.apply()
+    assert content(store) == [b"newerdold", b"the rest\0"]
+
+
+@pytest.mark.parametrize("step", ["checkpoint", "commit"])
+def test_what_was_noted_survives_a_step_without_room(
+    store: Store, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    cut_off(store)
+    with opened(store, "a", "b") as replica:
+        replica.begin(5, "gen", continues=True, based=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(store.files, "write", full)
+            with pytest.raises(FuseDiskError) as caught:
+                if step == "commit":
+                    replica.commit("gen", 5)
+                else:
+                    replica.checkpoint("gen", 5, 0, 8192)
+            assert failure_code(caught.value) == "full"
+    with opened(store, "a", "b") as replica:
+        assert replica.claims == [Claim(3, 0, 4096)]
+        replica.begin(6, "gen", continues=True, based=True)
+        replica.commit("gen", 6)
+        replica.apply()
+    assert content(store)[0] == b"newoldold"
+
+
+def test_a_pass_that_is_given_up_leaves_its_room_first(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have taken all of it, and to let go of it in the manifest takes some."""
+    cut_off(store)
+    with opened(store, "a", "b") as replica, monkeypatch.context() as patched:
+        patched.setattr(store.files, "write", full)
+        with pytest.raises(FuseDiskError) as caught:
+            replica.begin(5, "gen", based=True)
+        assert failure_code(caught.value) == "full"
+        assert not files_of_a_pass(store)
+    with opened(store, "a", "b") as replica:
         assert replica.received is None
+        replica.begin(6, "gen", based=True)
+        replica.write(1, 0, b"all")
+        replica.commit("gen", 6)
+        replica.apply()
+    assert content(store) == [b"oldoldold", b"all" + bytes(6)]
+
+
+def files_of_a_pass(store: Store) -> list[Path]:
+    folders = clone_directory(store.path / "r"), journal_directory(store.path / "r")
+    return [*folders[0].glob("next.*"), *folders[1].glob("[01]")]
+
+
+@pytest.mark.parametrize("store", ["journal"], indirect=True)
+def test_what_was_not_noted_of_a_pass_gives_its_room_back(store: Store) -> None:
+    with opened(store, "a", "b") as replica:
+        replica.begin(3, "gen", based=True)
+        replica.write(0, 0, bytes(100) * 100)
+        replica.checkpoint("gen", 3, 0, 16384)
+        noted = replica.manifest.received
+        replica.write(0, CHUNK, bytes(CHUNK))
+    assert noted is not None
+    (path,) = files_of_a_pass(store)
+    assert path.stat().st_size > noted.length
+    with opened(store, "a", "b") as replica:
+        assert path.stat().st_size == noted.length == replica.kept_bytes
+        assert replica.room_for_rest() > 0
 
 
 @pytest.mark.parametrize("store", ["journal"], indirect=True)
@@ -264,7 +334,7 @@ def test_a_full_target_keeps_nothing(store: Store, monkeypatch: pytest.MonkeyPat
 def test_a_journal_that_was_kept_is_checked(store: Store, at: int | None) -> None:
     """Before it is committed, while the point before it is whole: so it costs that pass alone."""
     with opened(store, "a", "b") as replica:
-        replica.begin(3, "gen")
+        replica.begin(3, "gen", based=True)
         replica.write(0, 0, random.Random(1).randbytes(8192))
         replica.checkpoint("gen", 3, 0, 8192)
     (path,) = journal_directory(store.path / "r").iterdir()
@@ -272,12 +342,12 @@ def test_a_journal_that_was_kept_is_checked(store: Store, at: int | None) -> Non
     found[len(found) // 50 if at is None else at] ^= 1
     path.write_bytes(found)
     with opened(store, "a", "b") as replica, pytest.raises(JournalDamaged) as caught:
-        replica.begin(5, "gen", continues=True)
+        replica.begin(5, "gen", continues=True, based=True)
         replica.commit("gen", 5)
     assert failure_code(caught.value) == "damaged"
     with opened(store, "a", "b") as replica:
         assert (replica.received, replica.manifest.state) == (None, "following")
-        replica.begin(6, "gen")
+        replica.begin(6, "gen", based=True)
         replica.write(0, 0, b"new")
         replica.commit("gen", 6)
         replica.apply()
