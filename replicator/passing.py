@@ -166,7 +166,7 @@ class Passes(Questions):
         readable: Readable | None = None,
         epoch: int | None = None,
     ) -> None:
-        """Read and send; with an epoch the disk is sent from its begin, and checkpoints go out."""
+        """Read and send; with an epoch all before the ranges is there, and checkpoints go out."""
         try:
             async with self._reader.reading(disk, ranges, readable) as batches:
                 waiting = trio.current_time()

@@ -387,6 +387,6 @@ def _require_equal(said: m.Checkpoint | m.Commit, digest: TransferDigest) -> Non
 def _hash(replica: Replica, asked: m.HashRequest, seed: int) -> m.Hashes:
     segments = [
         m.Segment(s.offset, s.length, s.zero, s.digests)
-        for s in replica.hashes(asked.disk, asked.offset, asked.length, seed)
+        for s in replica.hashes(asked.disk, asked.offset, asked.length, seed, m.HASH_BLOCK_BYTES)
     ]
     return m.Hashes(asked.disk, asked.offset, asked.length, segments)

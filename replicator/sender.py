@@ -314,7 +314,7 @@ class Session(Passes):
             ranges = await trio.to_thread.run_sync(
                 differing, self._source, disk, segments, self.seed
             )
-            await self._send_ranges(disk, ranges, holes=True, count=False)
+            await self._send_ranges(disk, ranges, holes=True, count=False, epoch=epoch)
             self._advance(disk, length)
             await self._checkpoint(epoch, disk, offset + length)
         if self._instants_only:

@@ -38,9 +38,12 @@ class Acknowledged:
         return self._epochs.get(generation)
 
 
-def check_crash(mount: SimulatedMount, told: Acknowledged, tree: Tree, scratch: Path) -> None:
+def check_crash(
+    mount: SimulatedMount, told: Acknowledged, tree: Tree, scratch: Path, *, clones: bool = False
+) -> None:
     """What a power loss of the target now leaves, once it was opened again. Raises Wrong."""
     files = SimulatedFiles(scratch, tree)
+    files.clones = clones
     if read_manifest(scratch / REPLICA) is None:
         if told.get(mount.record.generation) is not None:
             raise Wrong("an acknowledged replica is gone")

@@ -81,7 +81,11 @@ class SessionSimulation(World):
             *(self._kill_target, self._power_target, self._kill_sender, self._remount),
             *(self._power_source, self._hang_target, self._fill_target, self._pause),
             *(self._fail_target, self._verify, self._cut_over, self._cut_over),
+            *(self._meddle, self._meddle_and_cut, self._leave_target_little),
         ]
+        if rng.random() < 0.3:
+            # What a cut or a full target leaves is gone on with, again and again.
+            faults = [self._meddle_and_cut, self._leave_target_little, self._cut_soon]
         for _ in range(rng.randint(2, 6)):
             await trio.sleep(rng.random() * rng.choice((0.3, 3.0, 8.0)))
             fault = rng.choice(faults)
@@ -159,6 +163,27 @@ class SessionSimulation(World):
         await trio.sleep(self._rng.random() * 3)
         self.note(f"mounted: {self.mount.mount()}")
 
+    async def _meddle(self) -> None:
+        """The source begins a new generation, to which the replica has to be compared."""
+        if not self.mount.mounted or self.mount.control.gated or self.mount.control.fenced:
+            return
+        self.mount.unmount()
+        await trio.sleep(self._rng.random() * 3)
+        self.mount.meddle()
+        self.note(f"mounted: {self.mount.mount(distrust=True)}")
+
+    async def _meddle_and_cut(self) -> None:
+        await self._meddle()
+        for _ in range(self._rng.randint(1, 3)):
+            with trio.move_on_after(20):
+                while self.follower is None or self.follower.state != "comparing":
+                    await trio.sleep(0.002)
+            await trio.sleep(self._rng.random() * self._rng.choice((0.03, 0.3, 3.0)))
+            again = (self._cut_now, self._cut_soon, self._kill_target, self._power_target)
+            fault = self._rng.choice((*again, self._kill_sender, self._leave_target_little))
+            self.note(f"meanwhile {fault.__name__}")
+            await fault()
+
     async def _power_source(self) -> None:
         if not self.mount.mounted:
             return
@@ -183,6 +208,12 @@ class SessionSimulation(World):
         self.target.full = True
         await trio.sleep(self._rng.random() * 10)
         self.target.full = False
+
+    async def _leave_target_little(self) -> None:
+        """Room for a part of a pass; in the end it may have to do with it for long."""
+        self.target.left = self._rng.randrange(self._rng.choice((1 << 14, 1 << 17)))
+        await trio.sleep(self._rng.random() * self._rng.choice((10, 60)))
+        self.target.left = None
 
     async def _fail_target(self) -> None:
         self.target.failing = True
@@ -276,7 +307,8 @@ class SessionSimulation(World):
         tree = self.target.files.crash(self._rng)
         self._log.disabled = True
         try:
-            check_crash(self.mount, self.told, tree, self.scratch / "after")
+            clones = self.target.files.clones
+            check_crash(self.mount, self.told, tree, self.scratch / "after", clones=clones)
         finally:
             self._log.disabled = False
 
@@ -284,6 +316,7 @@ class SessionSimulation(World):
         """Nothing is broken any more: the replica catches up, or is the disk."""
         self.note("all is mended")
         self.network.down = self.target.full = self.target.failing = False
+        self.target.left = None
         self.network.on_connect = lambda _: None
         self.target.mend()
         if self._sender is not None:

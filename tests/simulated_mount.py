@@ -79,7 +79,7 @@ class SimulatedMount:
         self.histories: dict[str, History] = {}
         self.mounted = False
 
-    def mount(self) -> str | None:
+    def mount(self, *, distrust: bool = False) -> str | None:
         """Mount, as `fusedisk mount` does; what it says of the change map."""
         self._boots += 1
         fds = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in self.paths]
@@ -94,7 +94,9 @@ class SimulatedMount:
             # Nobody else writes to the images, and their times are those of another clock.
             mock.patch("fusedisk.preparing._boot_time", lambda: 1 << 40),
         ):
-            said = prepare(self.state, self.mountpoint, images, CHUNK, read_only=False)
+            said = prepare(
+                *(self.state, self.mountpoint, images, CHUNK), read_only=False, distrust=distrust
+            )
         self.fds = fds
         self.record = read_mount_record(self.state)
         self.control = Control(self.state / "control", True)
@@ -160,6 +162,15 @@ class SimulatedMount:
             content.sync()
         record_clean(self.state, self.fds, self.control, self.maps)
         self._end()
+
+    def meddle(self) -> None:
+        """Somebody else writes to the images while they are not mounted."""
+        for disk, content in enumerate(self.content):
+            start = self._rng.randrange(len(content))
+            end = self._rng.randint(start, len(content))
+            content[start:end] = self._rng.randbytes(end - start)
+            self.paths[disk].write_bytes(content)
+            self._unflushed[disk] = SimulatedContent(bytes(content))
 
     def lose_power(self) -> None:
         """End in a power loss of the host. Call with every process on it dead."""

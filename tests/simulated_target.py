@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -13,6 +14,7 @@ from simulated_disk import SimulatedFiles
 from simulated_network import SimulatedNetwork, SimulatedStream
 from simulated_process import Process, Threads
 
+from replicator.files import Buffer
 from replicator.manifest import read_manifest
 from replicator.receiver import Receiver
 from replicator.store import Store
@@ -22,9 +24,45 @@ class _TargetFiles(SimulatedFiles):
     """Also full at times, and with a process that is killed before some operation."""
 
     full = failing = False
+    left: int | None = None
+    """How many bytes there are left, where that matters."""
+
+    def room(self, directory: Path) -> int:
+        found = super().room(directory)
+        return found if self.left is None else self.left
+
+    def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        data = b"".join(buffers)
+        grows = max(0, offset + len(data) - max(offset, os.fstat(fd).st_size))
+        if self.left is not None and grows > self.left:
+            # What there was room for is written.
+            super().write(fd, [data[: len(data) - grows + self.left]], offset)
+            self.left = 0
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._takes(grows)
+        return super().write(fd, [data], offset)
+
+    def truncate(self, fd: int, size: int) -> None:
+        before = os.fstat(fd).st_size
+        super().truncate(fd, size)
+        self._takes(min(0, size - before))
+
+    def unlink(self, path: Path) -> None:
+        size = path.stat().st_size if path.exists() else 0
+        super().unlink(path)
+        self._takes(-size)
+
+    def rename(self, old: Path, new: Path) -> None:
+        size = new.stat().st_size if new.is_file() else 0
+        super().rename(old, new)
+        self._takes(-size)
+
+    def _takes(self, size: int) -> None:
+        if self.left is not None:
+            self.left -= size
 
     def _step(self, what: str) -> None:
-        if self.full and what.startswith(("write", "create", "truncate")):
+        if self.full and what.startswith(("write", "create")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.failing and what.startswith(("write", "sync")):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -37,6 +75,7 @@ class SimulatedTarget:
     def __init__(self, root: Path, rng: random.Random, network: SimulatedNetwork) -> None:
         self.root, self._rng, self._network = root, rng, network
         self.files = _TargetFiles(root, {})
+        self.files.clones = rng.random() < 0.3
         self.threads = Threads(rng)
         self._power_lost = self._mended = False
         self._process: Process | None = None
@@ -49,6 +88,14 @@ class SimulatedTarget:
     @full.setter
     def full(self, value: bool) -> None:
         self.files.full = value
+
+    @property
+    def left(self) -> int | None:
+        return self.files.left
+
+    @left.setter
+    def left(self, value: int | None) -> None:
+        self.files.left = value
 
     @property
     def failing(self) -> bool:
@@ -67,9 +114,10 @@ class SimulatedTarget:
             assert process.dead
             self._process = self._network.accept = None
             if self._power_lost:
-                full, failing = self.files.full, self.files.failing
-                self.files = _TargetFiles(self.root, self.files.crash(self._rng))
-                self.files.full, self.files.failing = full, failing
+                before = self.files
+                self.files = _TargetFiles(self.root, before.crash(self._rng))
+                self.files.full, self.files.failing = before.full, before.failing
+                self.files.left, self.files.clones = before.left, before.clones
                 self._power_lost = False
             self.files.kill_at = None
             await trio.sleep(0 if self._mended else self._rng.random() * 5)

@@ -70,7 +70,13 @@ class World:
             mock.patch("replicator.passing._CHECKPOINT_SECONDS", self._rng.choice((0.0, 0.1, 2.0))),
             mock.patch("replicator.transfers.DATA_BYTES_MAX", 2 * CHUNK),
             mock.patch("replicator.batches._PIECES_MAX", 1),
+            contextlib.ExitStack() as stack,
         ):
+            # Blocks larger than chunks, and several windows of them in a disk.
+            for module in ("messages", "transfers", "verify", "proof", "lineage", "checkpoints"):
+                stack.enter_context(mock.patch(f"replicator.{module}.HASH_BLOCK_BYTES", 2 * CHUNK))
+            for module in ("messages", "verify"):
+                stack.enter_context(mock.patch(f"replicator.{module}.HASH_LENGTH_MAX", 4 * CHUNK))
             yield
 
     async def _guest(self) -> None:

@@ -1,0 +1,168 @@
+"""A comparison of a replica that follows goes on after it was cut off, whoever died."""
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+from proxy import Proxy
+from test_clones import MIB, CopyingFiles, filesystem
+from test_cut_fill import UNDER_WAY, guest_discard
+from test_cut_pass import RATE, SIZE, pair, reached, received
+from test_replication import CHUNK, Pair, Process, guest_write
+
+from fusedisk.errors import FuseDiskError
+from replicator.manifest import Claim, ReplicaDisk
+from replicator.replica import Replica
+from replicator.store import Store
+
+__all__ = ["filesystem", "pair"]
+
+
+def compared(sender: Process) -> list[int]:
+    found = re.findall(r"comparing (\d+) bytes, because the comparison was cut off", sender.said)
+    return [int(count) for count in found]
+
+
+@pytest.mark.parametrize(
+    ("pair", "cuts"),
+    [("journal", ("link", "receiver")), ("clones", ("sender", "receiver"))],
+    indirect=["pair"],
+)
+def test_a_comparison_that_was_cut_off_goes_on(pair: Pair, cuts: tuple[str, ...]) -> None:
+    receiver = pair.receive()
+    pair.once()
+    pair.mount.unmount()
+    pair.images[0].write_bytes(random.Random(9).randbytes(SIZE))
+    pair.mount.mount()
+    disk, total = pair.mount.disk(), sum(image.stat().st_size for image in pair.images)
+    before = written = 0
+    with Proxy(pair.address, rate=RATE) as proxy:
+        direct, pair.address = pair.address, proxy.address
+        sender = pair.start()
+        for number, what in enumerate(cuts):
+            begun = before
+            wait_for(lambda begun=begun: reached(pair) > begun, "a checkpoint is noted")
+            said = 0 if what == "sender" else len(compared(sender))
+            if what == "link":
+                proxy.down()
+            else:
+                (sender if what == "sender" else receiver).kill()
+            before = reached(pair)
+            kept = received(pair.store)
+            assert kept is not None and kept.compared and kept.towards != kept.generation
+            # Before the place that was reached, in what is on its way, and beyond.
+            for offset in (2 * CHUNK, before + 2 * CHUNK, SIZE - 4 * CHUNK):
+                guest_write(disk, b"x" * CHUNK, offset + 2 * number * CHUNK)
+                guest_discard(disk, offset + (2 * number - 1) * CHUNK, CHUNK)
+                written += 2 * CHUNK
+            if number + 1 == len(cuts):
+                proxy.rate = None
+            if what == "link":
+                proxy.heal()
+            elif what == "sender":
+                sender = pair.start()
+            else:
+                pair.address = direct
+                receiver = pair.receive()
+                pair.address = proxy.address
+            wait_for(lambda one=sender, said=said: len(compared(one)) > said, "it goes on")
+            assert compared(sender)[-1] <= total - before // CHUNK * CHUNK
+        pair.wait_identical()
+        sent = pair.status()["sent"]["data_bytes"]
+    assert sent <= SIZE + written + UNDER_WAY * len(cuts)
+    wait_for(lambda: received(pair.store) is None, "it is committed")
+    pair.stop(sender)
+
+
+def opened(store: Store) -> Replica:
+    return Replica.open(store, "r", "source", [ReplicaDisk(n, MIB, 4096) for n in ("a", "b")])
+
+
+@pytest.fixture(params=["journal", "clones"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Store]:
+    files = CopyingFiles()
+    files.clones = request.param == "clones"
+    with Store(tmp_path, files) as made:
+        with opened(made) as replica:
+            replica.begin(1, "old")
+            for disk in range(2):
+                replica.write(disk, 0, b"o" * MIB)
+            replica.commit("old", 1)
+        yield made
+
+
+def cut_off(store: Store) -> None:
+    """A comparison for epoch 7 of another generation that came to 100 KiB of the first disk."""
+    with opened(store) as replica:
+        replica.begin(7, "new")
+        replica.write(0, 0, b"n" * 4096)
+        replica.checkpoint("new", 7, 0, 100 << 10)
+        replica.write(0, 120 << 10, b"not noted")
+
+
+def test_a_comparison_is_kept_for_its_own_sequel_alone(store: Store) -> None:
+    cut_off(store)
+    with opened(store) as replica:
+        kept = replica.received
+        assert kept is not None and kept.compared and replica.claims == [Claim(7, 0, 100 << 10)]
+        assert (replica.towards, kept.generation, kept.epoch) == ("new", "old", 1)
+        nothing = pytest.raises(FuseDiskError, match="keeps no pass to go on with")
+        for generation, based in (("old", False), ("newer", False), ("new", True)):
+            with nothing:
+                replica.begin(7, generation, continues=True, based=based)
+        replica.begin(7, "new", continues=True)
+        replica.write(1, 0, b"rest")
+        replica.commit("new", 9)
+        replica.apply()
+    folder = store.path / "r"
+    assert (folder / "a").read_bytes() == b"n" * 4096 + b"o" * (MIB - 4096)
+    assert (folder / "b").read_bytes() == b"rest" + b"o" * (MIB - 4)
+
+
+@pytest.mark.parametrize("store", ["clones"], indirect=True)
+def test_what_was_not_compared_is_as_the_point_again(store: Store) -> None:
+    """A block of 64 KiB is sent whole where one chunk differs, and the rest of it may be torn."""
+    with opened(store) as replica:
+        replica.begin(7, "new")
+        replica.write(0, 0, b"n" * (200 << 10))
+        replica.checkpoint("new", 7, 0, 100 << 10)
+        replica.write(1, 0, b"torn")
+        replica.checkpoint("new", 7, 0, 100 << 10)
+    with opened(store) as replica:
+        replica.begin(7, "new", continues=True)
+        replica.commit("new", 9)
+        replica.apply()
+    assert (store.path / "r/a").read_bytes() == b"n" * CHUNK + b"o" * (MIB - CHUNK)
+    assert (store.path / "r/b").read_bytes() == b"o" * MIB
+
+
+def test_a_later_epoch_counts_once_the_comparison_is_complete(store: Store) -> None:
+    with opened(store) as replica:
+        replica.begin(7, "new")
+        replica.checkpoint("new", 7, 0, CHUNK)
+        replica.checkpoint("new", 8, 1, CHUNK)
+        assert replica.manifest.received is not None
+        assert replica.manifest.received.claims == [Claim(7, 0, CHUNK)]
+        replica.checkpoint("new", 7, 1, MIB)
+        replica.checkpoint("new", 8, 1, CHUNK)
+        assert replica.manifest.received.claims == [Claim(7, 1, MIB), Claim(8, 1, CHUNK)]
+    with opened(store) as replica:
+        replica.begin(7, "new", continues=True)
+        replica.checkpoint("new", 9, 0, CHUNK)
+        replica.checkpoint("new", 10, 1, MIB)
+        assert replica.manifest.received is not None
+        assert replica.manifest.received.claims == [Claim(10, 1, MIB)]
+
+
+def test_what_was_said_of_a_pass_is_not_noted_of_the_next(store: Store) -> None:
+    with opened(store) as replica:
+        replica.begin(2, "old", based=True)
+        number = replica.number
+        replica.begin(2, "old", based=True)
+        replica.checkpoint("old", 2, 1, MIB, of=number)
+        assert replica.manifest.received is None
+        replica.checkpoint("old", 2, 1, MIB, of=replica.number)
+        assert replica.manifest.received is not None
