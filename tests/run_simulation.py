@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=1, help="power losses for each operation")
     options = parser.parse_args()
     shared_memory = Path("/dev/shm")
-    begun, crashes, continued = time.monotonic(), 0, 0
+    begun, crashes, continued, compared = time.monotonic(), 0, 0, 0
     with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None) as name:
         for seed in range(options.first, options.first + options.seeds):
             simulation = Simulation(Path(name), seed, options.samples)
@@ -27,9 +27,11 @@ def main() -> int:
                 return 1
             crashes += simulation.crashes
             continued += simulation.continued
+            compared += simulation.compared
     seconds = time.monotonic() - begun
     print(
-        f"{options.seeds} seeds, {crashes} crashes, {continued} passes went on, "
+        f"{options.seeds} seeds, {crashes} crashes, {continued} passes and "
+        f"{compared} comparisons went on, "
         f"{seconds:.1f} s: none left a mixture"
     )
     return 0

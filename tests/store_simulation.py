@@ -4,7 +4,8 @@ Before each file operation of a run the power is cut: what may be left is laid o
 as a receiver does after a restart (which may be killed or lose power too), and has to be the point
 last acknowledged, or the one whose commit was under way, whole and over all disks. Then a pass of
 changes alone has to bring it to the next point: nothing is compared or filled again. Where a pass
-was cut off that is kept, only what its claims leave out is sent.
+was cut off that is kept, only what its claims leave out is sent. Some passes compare all with the
+point, and go on from where they were.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from simulated_disk import Killed, SimulatedFiles, Tree
 
@@ -24,6 +26,7 @@ from replicator.store import Store
 GENERATION = "generation"
 # No multiple of a sector, so that what is sent begins and ends within some.
 BLOCK = 100
+HASHED = 1024
 Range = tuple[int, int, int]
 
 
@@ -85,6 +88,15 @@ class Source:
             else:
                 replica.zero(disk, start, end - start)
 
+    def differing(self, points: Sequence[bytes], begin: tuple[int, int]) -> Iterator[Range]:
+        """What is otherwise than at a point from a place on, by whole blocks that are hashed."""
+        for disk, content in enumerate(self.content):
+            for start in range(0, len(content), HASHED):
+                end = min(start + HASHED, len(content))
+                here = (disk, start) >= (begin[0], begin[1] // HASHED * HASHED)
+                if here and content[start:end] != points[disk][start:end]:
+                    yield disk, start, end
+
     def everything(self) -> list[Range]:
         return [(disk, 0, len(content)) for disk, content in enumerate(self.content)]
 
@@ -112,10 +124,14 @@ class Simulation:
         # A store may be moved to a filesystem of the other kind between two runs.
         self._clones = self._rng.choice((0.0, 1.0, 1.0, 0.5))
         self._files = SimulatedFiles(scratch / "run", {})
-        self.crashes = self.continued = 0
+        self.crashes = self.continued = self.compared = 0
 
     def run(self) -> None:
         """Raises Wrong."""
+        with mock.patch("replicator.checkpoints.HASH_BLOCK_BYTES", HASHED):
+            self._run()
+
+    def _run(self) -> None:
         self._files.before_each = self._crash
         for _ in range(self._rng.randint(2, 3)):
             killing = self._rng.random() < 0.5
@@ -152,6 +168,13 @@ class Simulation:
         source, since = self._source, replica.manifest.committed[1]
         self._epoch += 1
         source.scribble(self._epoch)
+        if since is not None and self._compares(replica, self._rng):
+            begun = self._compare(replica, self._files, source, self._epoch, self._rng)
+            self._epoch += 1
+            source.scribble(self._epoch)
+            self._send(replica, source, source.changed(*begun))
+            self._commit(replica)
+            return
         claims = self._begin(replica, self._epoch, self._rng)
         if since is not None and self._rng.random() < 0.2:
             self._send(replica, source, source.changed(since, claims)[:1])
@@ -169,7 +192,10 @@ class Simulation:
                 self._epoch += 1
                 source.scribble(self._epoch)
                 self._send(replica, source, source.changed(self._epoch - 1))
-        self._points[self._epoch] = source.snapshot()
+        self._commit(replica)
+
+    def _commit(self, replica: Replica) -> None:
+        self._points[self._epoch] = self._source.snapshot()
         replica_before_commit = self._rng.random() < 0.5
         if replica_before_commit:
             replica.apply()
@@ -180,23 +206,63 @@ class Simulation:
         if self._rng.random() < 0.5:
             replica.apply()
 
+    def _compares(self, replica: Replica, rng: random.Random) -> bool:
+        """Whether the next pass compares all with the point."""
+        kept = replica.received
+        return rng.random() < (0.15 if kept is None or not kept.compared else 0.9)
+
+    def _compare(
+        self,
+        replica: Replica,
+        files: SimulatedFiles,
+        source: Source,
+        epoch: int,
+        rng: random.Random,
+    ) -> tuple[int, Sequence[Claim]]:
+        """Compare all, mostly by going on with what was cut off; what is to be captured then."""
+        # All of the epoch is written, and nothing later.
+        kept = replica.received
+        claims: Sequence[Claim] = []
+        begin = 0, 0
+        if kept is not None and kept.compared and rng.random() < 0.8:
+            claims = kept.claims
+            epoch, begin = claims[0].epoch, (claims[0].disk, claims[0].offset)
+            self.compared += 1
+        replica.begin(epoch, GENERATION, continues=bool(claims))
+        replica.apply()
+        points = [(files.root / "vm" / disk.name).read_bytes() for disk in self._disks]
+        for each in source.differing(points, begin):
+            if rng is self._rng:
+                self._send(replica, source, [each], epoch)
+                if rng.random() < 0.1:
+                    self._epoch += 1
+                    source.scribble(self._epoch)
+            else:
+                source.send(replica, [each])
+        if rng.random() < 0.7:
+            # It may be let go, or not be noted any more.
+            replica.checkpoint(GENERATION, epoch, 1, self._disks[1].size)
+        return epoch, claims
+
     def _begin(self, replica: Replica, epoch: int, rng: random.Random) -> Sequence[Claim]:
         """Begin a pass, mostly by going on with one that was cut off; what it has."""
         received = replica.received
-        continues = received is not None and rng.random() < 0.8
+        continues = received is not None and not received.compared and rng.random() < 0.8
         replica.begin(epoch, GENERATION, continues=continues, based=True)
         if received is None or not continues:
             return []
         self.continued += 1
         return received.claims
 
-    def _send(self, replica: Replica, source: Source, ranges: list[Range]) -> None:
+    def _send(
+        self, replica: Replica, source: Source, ranges: list[Range], epoch: int | None = None
+    ) -> None:
         for each in ranges:
             if self._rng.random() < 0.05:
                 raise Cut
             source.send(replica, [each])
             if self._rng.random() < 0.3:
-                replica.checkpoint(GENERATION, self._epoch, each[0], each[2])
+                replica.checkpoint(GENERATION, epoch or self._epoch, each[0], each[2])
 
     def _crash(self) -> None:
         for _ in range(self._samples):
@@ -256,8 +322,12 @@ class Simulation:
         source.scribble(following)
         self._points[following] = source.snapshot()
         since = replica.manifest.epoch or 0
-        claims = self._begin(replica, following, self._chance)
-        for each in source.changed(since, claims):
+        if replica.received is not None and replica.received.compared:
+            # Written before the epoch is closed that a comparison anew would begin with.
+            left = self._compare(replica, files, source, following, self._chance)
+        else:
+            left = since, self._begin(replica, following, self._chance)
+        for each in source.changed(*left):
             source.send(replica, [each])
             if self._chance.random() < 0.2:
                 replica.checkpoint(GENERATION, following, each[0], each[2])
