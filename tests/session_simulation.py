@@ -342,6 +342,9 @@ class SessionSimulation(World):
             return False
         if self.mount.control.gated or self.mount.control.fenced:
             return False
+        if follower.source.record.generation != self.mount.record.generation:
+            # It has not seen yet that its mount is gone.
+            return False
         if follower.state != "following" or any(
             changes.count(follower.committed) for changes in self.mount.maps
         ):

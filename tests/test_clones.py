@@ -234,11 +234,11 @@ def test_what_a_pass_changed_is_cloned_and_no_more(
             assert cloned() == (expected if epoch < 4 else [("disk0", 0, end)])
         # What this process has of a pass is not all that it changed.
         monkeypatch.setattr("replicator.changed._extents", lambda _: 0)
-        replica.begin(5, "gen")
+        replica.begin(5, "gen", based=True)
         replica.write(0, 0, b"d")
         replica.checkpoint("gen", 5, 0, 4096)
     with Store(tmp_path, files, "2") as store, Replica.open(store, "vm", "src", DISKS) as replica:
-        replica.begin(6, "gen", continues=True)
+        replica.begin(6, "gen", continues=True, based=True)
         replica.write(0, 4096, b"e")
         content[0:1], content[4096:4097] = b"d", b"e"
         replica.commit("gen", 6)
