@@ -18,7 +18,16 @@ class Beat:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._resting = False
+        self._resting = self._working = False
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Meanwhile a thread works beside a task that rests; it says so itself."""
+        self._working = True
+        try:
+            yield
+        finally:
+            self._working = False
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -33,7 +42,7 @@ class Beat:
         """Say it until the link is lost; who uses the link finds out why."""
         while True:
             await trio.sleep(_BEAT_SECONDS)
-            if self._resting:
+            if self._resting and not self._working:
                 continue
             # A beat that is cut short would leave half a frame behind.
             with trio.CancelScope(shield=True):

@@ -24,6 +24,18 @@ class EventQueue:
         self._events: deque[Event] = deque()
         self._bytes = 0
         self._changed = trio.Event()
+        self._others = 0
+        self._working_on: Event | list[Data | Zero] | None = None
+
+    @property
+    def transfers_only(self) -> bool:
+        """Whether all that is queued, and what was taken and is worked on, are transfers."""
+        return not self._others and isinstance(self._working_on, list | None)
+
+    async def idle(self) -> None:
+        """Wait until all that was put is done: whoever takes waits for more."""
+        while self._events or self._working_on is not None:
+            await self._changed.wait()
 
     async def put(self, event: Event) -> None:
         """Add an event, once there is room."""
@@ -31,12 +43,22 @@ class EventQueue:
             await self._changed.wait()
         self._events.append(event)
         self._bytes += _size(event)
+        self._others += not isinstance(event, Data | Zero)
         self._wake()
 
     async def take(self) -> Event | list[Data | Zero]:
-        """Wait for the next event; where it is a Data or Zero, all that follow it and are there."""
+        """Wait for the next event; where it is a Data or Zero, all that follow it and are there.
+
+        What was taken before is done by that.
+        """
+        self._working_on = None
+        self._wake()
         while not self._events:
             await self._changed.wait()
+        self._working_on = self._take()
+        return self._working_on
+
+    def _take(self) -> Event | list[Data | Zero]:
         if not isinstance(self._events[0], Data | Zero):
             return self._pop()
         taken: list[Data | Zero] = []
@@ -53,6 +75,7 @@ class EventQueue:
     def _pop(self) -> Event:
         event = self._events.popleft()
         self._bytes -= _size(event)
+        self._others -= not isinstance(event, Data | Zero)
         self._wake()
         return event
 

@@ -1,10 +1,8 @@
 """A stream that speaks the protocol: events in, events out."""
 
-import math
-import os
-import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
 import trio
@@ -12,12 +10,15 @@ import trio
 from fusedisk.errors import FuseDiskError
 from replicator.messages import (
     Bye,
+    Data,
     Event,
     Failed,
     LocalProtocolError,
     Pong,
     RemoteProtocolError,
+    Zero,
 )
+from replicator.transport.socketreader import SocketReader
 from replicator.transport.socketwriter import SocketWriter, after
 from replicator.transport.unsent import unsent_bytes
 from replicator.wire import Connection, Role, State
@@ -34,11 +35,9 @@ _AHEAD_BYTES = 16 << 10
 _WRITE_BYTES = 256 << 10
 # So much for a socket goes on a thread.
 _THREAD_BYTES_MIN = 512 << 10
-# Of a part of a frame that is at least so long, so much is waited for, but no longer than that.
-_WAKE_BYTES_MIN, _WAKE_BYTES_MAX = 64 << 10, 512 << 10
-_WAKE_SECONDS_MAX = 0.1
-# What is there already is taken without a look at the other tasks, up to so much at a time.
-_AT_ONCE_BYTES = 4 << 20
+# So much is handed over together of what a thread receives, and so long it goes on.
+_TAKEN_BYTES_MAX, _TAKEN_MAX = 4 << 20, 512
+_TAKING_SECONDS = 0.25
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -64,7 +63,10 @@ class Link:
         self._writer = (
             SocketWriter(stream.socket) if isinstance(stream, trio.SocketStream) else None
         )
-        self._receive_into = _receiver_into(stream)
+        self._reader = (
+            SocketReader(stream.socket) if isinstance(stream, trio.SocketStream) else None
+        )
+        self._receive_into = _receiver_into(stream) if self._reader is None else self._reader.receive
         self.silence_seconds_max = silence_seconds_max
         self.on_moved: Callable[[], object] = lambda: None
         """Called whenever the stream took some bytes."""
@@ -82,17 +84,62 @@ class Link:
         Raises LinkLost, or LocalProtocolError for an event out of turn.
         """
         async with self._sending:
-            if self._connection.state is State.CLOSED:
-                # A peer may go at any time, also while it is being answered: no fault of ours.
-                raise LinkLost("the peer has ended the session")
-            try:
+            with self._may_be_lost():
                 buffers = [b for event in events for b in self._connection.send(event)]
                 self._going(events)
                 await self._write(buffers)
-            except trio.TooSlowError as error:
-                raise LinkLost("the peer takes no more data") from error
-            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise _lost(error) from error
+
+    @property
+    def on_threads(self) -> bool:
+        """Whether much data is best sent by `stream` and taken by `take_transfers`."""
+        return self._writer is not None
+
+    async def stream(self, more: Callable[[float], Sequence[Event] | None]) -> None:
+        """Send on a thread what `more` gives there, for a quarter of a second or so.
+
+        It is called with how many seconds it may wait, once all that it gave before is sent; None
+        is nothing for now. Raises as `send` does, and what it raises.
+        """
+        async with self._sending:
+            with self._may_be_lost():
+                await self._send_stream(more)
+
+    @contextmanager
+    def _may_be_lost(self) -> Iterator[None]:
+        if self._connection.state is State.CLOSED:
+            # A peer may go at any time, also while it is being answered: no fault of ours.
+            raise LinkLost("the peer has ended the session")
+        try:
+            yield
+        except trio.TooSlowError as error:
+            raise LinkLost("the peer takes no more data") from error
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise _lost(error) from error
+
+    async def _send_stream(self, more: Callable[[float], Sequence[Event] | None]) -> None:
+        assert self._writer is not None
+
+        def encoded(seconds: float) -> list[memoryview] | None:
+            events = more(seconds)
+            if events is None:
+                return None
+            return [memoryview(b) for event in events for b in self._connection.send(event)]
+
+        left: list[memoryview] = []
+        with self._patience() as patience:
+            while True:
+                # What was begun is sent, and no more.
+                following = _no_more if left else encoded
+                done, left = await self._writer.stream(left, following)
+                if done:
+                    self._took(done)
+                    patience.deadline = trio.current_time() + self.silence_seconds_max
+                if not left:
+                    return
+
+    def _took(self, count: int) -> None:
+        """Called whenever `stream` got so many bytes rid."""
+        self.on_moved()
 
     def _going(self, events: Sequence[Event]) -> None:
         """Called as the bytes of events begin to go out."""
@@ -135,24 +182,95 @@ class Link:
             buffer = self._connection.get_buffer()
             if not self._waiting:
                 await self._receive(buffer)
-                count = min(self._received, len(buffer))
-                self._waiting = self._ahead[: self._received - count]
-            else:
-                count = min(len(buffer), len(self._waiting))
-                buffer[:count] = self._waiting[:count]
-                self._waiting = self._waiting[count:]
-            if events := self._connection.received(count):
+            if events := self._connection.received(self._placed(buffer)):
+                return events[0]
+
+    def _placed(self, buffer: memoryview) -> int:
+        """How many bytes the buffer has by now: of what was received, or of what waited."""
+        if self._received:
+            count = min(self._received, len(buffer))
+            self._waiting = self._ahead[: self._received - count]
+            self._received = 0
+        else:
+            count = min(len(buffer), len(self._waiting))
+            buffer[:count] = self._waiting[:count]
+            self._waiting = self._waiting[count:]
+        return count
+
+    async def take_transfers(
+        self, first: Data | Zero, store: Callable[[Sequence[Data | Zero]], None]
+    ) -> Event | None:
+        """Hand one transfer and those that follow to `store`, on a thread, some MiB at a time.
+
+        Their buffers are used again afterwards. Returns the next event that is none, or None when
+        nothing comes or after a quarter of a second. Raises as `receive`, and what `store` raises.
+        """
+        assert self._reader is not None
+        before = self.received_bytes
+        try:
+            event = await self._reader.on_thread(lambda: self._take_transfers(first, store))
+        except trio.ClosedResourceError as error:
+            raise _lost(error) from error
+        if self.received_bytes > before:
+            self._heard()
+        return event
+
+    def _take_transfers(
+        self, first: Data | Zero, store: Callable[[Sequence[Data | Zero]], None]
+    ) -> Event | None:
+        assert self._reader is not None
+        until = time.monotonic() + _TAKING_SECONDS
+        event: Event | None = first
+        while isinstance(event, Data | Zero):
+            taken, held = [], 0
+            while isinstance(event, Data | Zero):
+                taken.append(event)
+                held += event.held_bytes if isinstance(event, Data) else 0
+                if held >= _TAKEN_BYTES_MAX or len(taken) >= _TAKEN_MAX:
+                    event = None
+                else:
+                    # What is there is stored before more is waited for.
+                    event = self._receive_now(0.0)
+            store(taken)
+            for one in taken:
+                if isinstance(one, Data):
+                    self.recycle(one.data)
+            if event is None and not self._reader.interrupted:
+                event = self._receive_now(until)
+        return event
+
+    def _receive_now(self, until: float) -> Event | None:
+        """On a thread, the next event; None where it is not there up to a time."""
+        assert self._reader is not None
+        while True:
+            buffer = self._connection.get_buffer()
+            if not self._waiting:
+                try:
+                    count = self._reader.receive_now(buffer, self._ahead, until)
+                except OSError as error:
+                    raise _lost(error) from error
+                if count is None:
+                    return None
+                self._count(count)
+            if events := self._connection.received(self._placed(buffer)):
                 return events[0]
 
     async def _receive(self, buffer: memoryview) -> None:
         try:
-            self._received = await self._receive_into(buffer, self._ahead)
+            received = await self._receive_into(buffer, self._ahead)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise _lost(error) from error
-        if self._received == 0:
+        self._count(received)
+        self._heard()
+
+    def _count(self, received: int) -> None:
+        if received == 0:
             # Inside a frame or not: the network may cut anywhere, and no rule was broken.
             raise LinkLost("the peer closed the connection")
-        self.received_bytes += self._received
+        self._received = received
+        self.received_bytes += received
+
+    def _heard(self) -> None:
         if self._put_scope is not None:
             # A peer that is busy for long takes nothing, but says that it lives.
             self._put_scope.deadline = trio.current_time() + self.silence_seconds_max
@@ -219,7 +337,13 @@ class Link:
         """Close the stream, whatever state the conversation is in."""
         if self._writer is not None:
             self._writer.close()
+        if self._reader is not None:
+            self._reader.close()
         await trio.aclose_forcefully(self._stream)
+
+
+def _no_more(_seconds: float) -> None:
+    return None
 
 
 def _lost(error: Exception) -> LinkLost:
@@ -235,8 +359,6 @@ def _receiver_into(
     stream: trio.abc.Stream,
 ) -> Callable[[memoryview, memoryview], Awaitable[int]]:
     """How to receive into one buffer and what is too much for it into another."""
-    if isinstance(stream, trio.SocketStream):
-        return _SocketReceiver(stream.socket).receive
 
     async def receive_into(buffer: memoryview, ahead: memoryview) -> int:
         data = memoryview(await stream.receive_some(len(buffer) + len(ahead)))
@@ -246,47 +368,6 @@ def _receiver_into(
         return len(data)
 
     return receive_into
-
-
-class _SocketReceiver:
-    """Takes from a socket, and is woken for bulk data only once a good part of it is there.
-
-    To wake a task takes as long as to copy what a socket delivers at a time.
-    """
-
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self._socket = sock
-        self._wake_bytes = 1
-        self._at_once = 0
-
-    async def receive(self, buffer: memoryview, ahead: memoryview) -> int:
-        """As `_receiver_into` says. Raises OSError, or ClosedResourceError after `close`."""
-        if self._at_once > 0 and self._socket.fileno() >= 0:
-            with suppress(BlockingIOError):
-                return self._take(buffer, ahead)
-        self._at_once = _AT_ONCE_BYTES
-        # Never more than is left of the frame, which is all that the peer owes us.
-        self._wake_at(min(len(buffer), _WAKE_BYTES_MAX) if len(buffer) >= _WAKE_BYTES_MIN else 1)
-        while True:
-            # Invariant: what a slow peer sends is counted soon; else it would be taken for dead.
-            if self._socket.fileno() < 0:
-                raise trio.ClosedResourceError
-            seconds = _WAKE_SECONDS_MAX if self._wake_bytes > 1 else math.inf
-            with trio.move_on_after(seconds):
-                await trio.lowlevel.wait_readable(self._socket)
-            with suppress(BlockingIOError):
-                return self._take(buffer, ahead)
-            self._wake_at(1)
-
-    def _take(self, buffer: memoryview, ahead: memoryview) -> int:
-        count = os.readv(self._socket.fileno(), [buffer, ahead])
-        self._at_once -= count
-        return count
-
-    def _wake_at(self, count: int) -> None:
-        if count != self._wake_bytes:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
-            self._wake_bytes = count
 
 
 async def say_last(link: Link, event: Event) -> None:

@@ -145,12 +145,12 @@ class Receiver:
             manifest = replica.manifest
             await link.send(await trio.to_thread.run_sync(_opened, replica))
             log.info("replica %s: %s at epoch %s", opening.name, manifest.state, manifest.epoch)
-            queue = EventQueue()
+            queue, work = EventQueue(), Work(link, replica)
             with one_error():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._give_way, opening, turn, active)
-                    nursery.start_soon(_read, link, queue, active.pong)
-                    await _work(*(link, replica, queue, hello.seed, opening.generation, nursery))
+                    nursery.start_soon(_read, link, queue, active.pong, work.store)
+                    await _work(work, queue, hello.seed, opening.generation, nursery)
                     nursery.cancel_scope.cancel()
         finally:
             if replica is not None:
@@ -216,39 +216,61 @@ async def _authenticated(authenticate: Authenticate | None) -> str | None:
         raise LinkLost(str(error) or "the connection was lost") from None
 
 
-async def _read(link: Link, queue: EventQueue, on_pong: Callable[[], None]) -> None:
+class Work:
+    """What a session does with its transfers, one thread at a time."""
+
+    def __init__(self, link: Link, replica: Replica) -> None:
+        self.link, self.replica = link, replica
+        self.beat = Beat(link)
+        self.digest = TransferDigest()
+        """Over the transfers of the pass."""
+
+    def store(self, transfers: Sequence[m.Data | m.Zero]) -> None:
+        """Take transfers in; a thread's work. Raises RemoteProtocolError, FuseDiskError."""
+        with self.beat.working():
+            for transfer in transfers:
+                self.digest.add(transfer)
+            _store(self.replica, transfers)
+
+
+async def _read(
+    link: Link,
+    queue: EventQueue,
+    on_pong: Callable[[], None],
+    store: Callable[[Sequence[m.Data | m.Zero]], None],
+) -> None:
+    event: m.Event | None = None
     while True:
-        event = await link.receive()
+        if event is None:
+            event = await link.receive()
+        if isinstance(event, m.Data | m.Zero) and link.on_threads and queue.transfers_only:
+            # One thread that receives and stores many wakes nobody between the two.
+            await queue.idle()
+            event = await link.take_transfers(event, store)
+            continue
         if isinstance(event, m.Pong):
             on_pong()
-            continue
-        await queue.put(event)
+        else:
+            await queue.put(event)
         if isinstance(event, m.Bye | m.Failed):
             return
+        event = None
 
 
 async def _work(
-    link: Link,
-    replica: Replica,
-    queue: EventQueue,
-    seed: int,
-    generation: str,
-    nursery: trio.Nursery,
+    work: Work, queue: EventQueue, seed: int, generation: str, nursery: trio.Nursery
 ) -> None:
-    digest = TransferDigest()
+    link, replica = work.link, work.replica
     reached = Reached(replica, nursery)
     proof = DiskProof(replica.prove)
     answering = trio.Semaphore(_PINGS_MAX)
-    beat = Beat(link)
-    nursery.start_soon(beat.keep)
+    nursery.start_soon(work.beat.keep)
     while True:
-        with beat.resting():
+        with work.beat.resting():
             event = await queue.take()
         match event:
             case list():
-                for transfer in event:
-                    digest.add(transfer)
-                await trio.to_thread.run_sync(_store, replica, event)
+                await trio.to_thread.run_sync(work.store, event)
                 for transfer in event:
                     if isinstance(transfer, m.Data):
                         link.recycle(transfer.data)
@@ -256,10 +278,10 @@ async def _work(
                 hashes = await trio.to_thread.run_sync(_hash, replica, event, seed)
                 await link.send(hashes)
             case m.Checkpoint():
-                _require_equal(event, digest)
+                _require_equal(event, work.digest)
                 reached.note(event.reached)
             case m.Begin():
-                digest = TransferDigest(replica.kept if event.continues else b"")
+                work.digest = TransferDigest(replica.kept if event.continues else b"")
                 begin = partial(
                     replica.begin,
                     *(event.epoch, generation, event.data_bytes),
@@ -269,7 +291,7 @@ async def _work(
                 )
                 await trio.to_thread.run_sync(begin)
             case m.Commit():
-                _require_equal(event, digest)
+                _require_equal(event, work.digest)
                 await trio.to_thread.run_sync(_commit, replica, event)
                 await link.send(m.Committed(event.generation, event.epoch))
                 # Beside the next pass; commit, promote and hashes wait for it.

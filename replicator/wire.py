@@ -10,6 +10,7 @@ must have its `Hashes` before it sends `Commit` or `Promote`.
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias
 
@@ -119,8 +120,8 @@ TRANSITIONS: Final[Mapping[State, Rules]] = {
 class Connection:
     """One side of a conversation.
 
-    Not for use from several threads. Nothing here waits, so tasks of one event loop may share it;
-    the buffers `send` returns must reach the stream in the order of the calls.
+    One thread may send while another receives. Nothing here waits, so tasks of one event loop may
+    share it; the buffers `send` returns must reach the stream in the order of the calls.
     """
 
     def __init__(self, role: Role) -> None:
@@ -132,6 +133,8 @@ class Connection:
         self._draining = False
         self._error: str | None = None
         self._reader = Reader()
+        # What is sent and what is received both move the state.
+        self._mutex = threading.Lock()
 
     @property
     def state(self) -> State:
@@ -146,17 +149,18 @@ class Connection:
                 The connection is as it was.
             RemoteProtocolError: the peer broke the rules earlier.
         """
-        self._raise_if_dead()
-        following = self._following(type(event), self._local)
-        if following is None:
-            raise LocalProtocolError(self._refusal("this side", self._local, type(event)))
-        if not self._version_agrees(event):
-            raise LocalProtocolError("the version chosen was not offered")
-        buffers = encode(event)
-        self._move(event, following)
-        # Frames already on their way when we said our last word are no fault of the peer's.
-        self._draining = isinstance(event, _LAST_WORDS)
-        return buffers
+        with self._mutex:
+            self._raise_if_dead()
+            following = self._following(type(event), self._local)
+            if following is None:
+                raise LocalProtocolError(self._refusal("this side", self._local, type(event)))
+            if not self._version_agrees(event):
+                raise LocalProtocolError("the version chosen was not offered")
+            buffers = encode(event)
+            self._move(event, following)
+            # Frames already on their way when we said our last word are no fault of the peer's.
+            self._draining = isinstance(event, _LAST_WORDS)
+            return buffers
 
     def get_buffer(self) -> memoryview:
         """Return where the next bytes from the stream belong; never empty.
@@ -178,16 +182,17 @@ class Connection:
             LocalProtocolError: the count is not from 1 to the length of the buffer.
             RemoteProtocolError: the peer broke the rules; the connection is dead.
         """
-        if not 1 <= count <= len(self.get_buffer()):
-            raise LocalProtocolError(f"{count} bytes cannot have been received")
-        try:
-            if self._state is State.CLOSED and not self._draining:
-                raise RemoteProtocolError("peer sent more after its last word")
-            event = self._reader.advance(count, self._check_remote)
-            return [] if event is None else self._accept(event)
-        except RemoteProtocolError as error:
-            self._error = str(error)
-            raise
+        with self._mutex:
+            if not 1 <= count <= len(self.get_buffer()):
+                raise LocalProtocolError(f"{count} bytes cannot have been received")
+            try:
+                if self._state is State.CLOSED and not self._draining:
+                    raise RemoteProtocolError("peer sent more after its last word")
+                event = self._reader.advance(count, self._check_remote)
+                return [] if event is None else self._accept(event)
+            except RemoteProtocolError as error:
+                self._error = str(error)
+                raise
 
     def recycle(self, data: memoryview) -> None:
         """Use the buffer of a Data's bytes again, which nobody may look at any more."""
