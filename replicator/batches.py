@@ -3,9 +3,12 @@
 A batch is up to 4 MiB of transfers, read in one go on a thread: to change threads costs more than
 to hash a megabyte. There are never more than three, one being read, one waiting and one being sent.
 What could not be read is left out of the batch and named in it.
+
+Where a thread sends, it gets them from one that reads all of them, and no task is woken between.
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import queue
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
@@ -18,6 +21,7 @@ from replicator.transfers import Readable, pieces, read_transfers
 
 _BATCH_BYTES = 4 << 20
 _PIECES_MAX = 256
+_BATCHES_MAX = 3
 # Where a read fails, it is tried again in parts of this size, so that little is left out.
 _RETRY_BYTES = 64 << 10
 
@@ -56,6 +60,48 @@ class Batch:
     unread: list[Unread] = field(default_factory=list)
 
 
+class Ahead:
+    """Batches between a thread that reads and one that sends."""
+
+    def __init__(self, buffers: Sequence[mmap]) -> None:
+        self._spare: queue.SimpleQueue[mmap | None] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        for buffer in buffers:
+            self._spare.put(buffer)
+        self.ended = False
+        """Whether `take` gave the last one."""
+
+    def take(self, seconds: float) -> Batch | None:
+        """The next batch; None at the end, or where there is none within so many seconds."""
+        try:
+            batch = self._read.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        self.ended = batch is None
+        return batch
+
+    def give_back(self, batch: Batch) -> None:
+        """Let a batch's buffer be used again; its transfers are void."""
+        batch.transfers.clear()
+        self._spare.put(batch.buffer)
+
+    def fill(self, prepare: Callable[[mmap], Batch]) -> None:
+        """Read until a batch covers nothing or `stop` is called; a thread's work."""
+        try:
+            while (buffer := self._spare.get()) is not None:
+                batch = prepare(buffer)
+                if not batch.covered:
+                    return
+                self._read.put(batch)
+        finally:
+            # Invariant: whoever waits for a batch hears of the end, for whatever reason it comes.
+            self._read.put(None)
+
+    def stop(self) -> None:
+        """Read no more."""
+        self._spare.put(None)
+
+
 class BatchReader:
     """Reads batches from a source, in buffers that it uses again."""
 
@@ -84,6 +130,29 @@ class BatchReader:
             nursery.start_soon(self._read_all, source, disk, parts, send)
             yield receive
             nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def reading_ahead(
+        self, disk: int, ranges: Iterable[tuple[int, int]], readable: Readable | None = None
+    ) -> AsyncIterator[Ahead]:
+        """As `reading`, all of it on one thread, for another one that sends."""
+        source = readable or self._source
+        parts = (piece for start, end in ranges for piece in pieces(source, disk, start, end))
+        while len(self._spare) < _BATCHES_MAX:
+            self._spare.append(_aligned(_BATCH_BYTES))
+        ahead = Ahead(self._spare)
+        self._compressor.begin()
+
+        def prepare(buffer: mmap) -> Batch:
+            return self._prepare(source, disk, parts, buffer)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, ahead.fill, prepare)
+            try:
+                yield ahead
+            finally:
+                # Invariant: the thread is waited for, so that nobody uses its buffers any more.
+                ahead.stop()
 
     async def _read_all(
         self,

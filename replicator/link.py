@@ -66,7 +66,9 @@ class Link:
         self._reader = (
             SocketReader(stream.socket) if isinstance(stream, trio.SocketStream) else None
         )
-        self._receive_into = _receiver_into(stream) if self._reader is None else self._reader.receive
+        self._receive_into = (
+            _receiver_into(stream) if self._reader is None else self._reader.receive
+        )
         self.silence_seconds_max = silence_seconds_max
         self.on_moved: Callable[[], object] = lambda: None
         """Called whenever the stream took some bytes."""
@@ -93,6 +95,11 @@ class Link:
     def on_threads(self) -> bool:
         """Whether much data is best sent by `stream` and taken by `take_transfers`."""
         return self._writer is not None
+
+    @property
+    def limited(self) -> bool:
+        """Whether what is sent has to keep to a rate, which `stream` does not."""
+        return False
 
     async def stream(self, more: Callable[[float], Sequence[Event] | None]) -> None:
         """Send on a thread what `more` gives there, for a quarter of a second or so.

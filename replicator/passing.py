@@ -1,16 +1,17 @@
 """One pass of a sender: what goes out between Begin and Commit, and how far it is said to be."""
 
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
 from fusedisk.replicas import Sent
 from replicator import messages as m
-from replicator.batches import Batch, BatchReader, Unread
+from replicator.batches import Batch, Unread
 from replicator.chain import Chain
 from replicator.compression import Compressor
 from replicator.link import Link
+from replicator.outgoing import Outgoing
 from replicator.progress import Progress
 from replicator.questions import Questions
 from replicator.rates import Rates
@@ -42,7 +43,7 @@ class Passes(Questions):
         self._rates = rates or Rates()
         self._working_since = trio.current_time()
         self._compressor = compressor or Compressor("none")
-        self._reader = BatchReader(source, self._compressor)
+        self._outgoing = Outgoing(link, source, self._compressor, lambda: self.held())
         self._unread: list[Unread] = []
         self._checkpointed_at = 0.0
         self._pass_bytes = 0
@@ -167,26 +168,25 @@ class Passes(Questions):
         epoch: int | None = None,
     ) -> None:
         """Read and send; with an epoch all before the ranges is there, and checkpoints go out."""
+
+        def going(batch: Batch) -> list[m.Event]:
+            return self._going(batch, holes=holes)
+
+        async def sent(batches: Sequence[Batch]) -> None:
+            for batch in batches:
+                self._unread += batch.unread
+            if count:
+                self._advance(disk, sum(batch.covered for batch in batches))
+            if epoch is not None:
+                await self._checkpoint(epoch, disk, batches[-1].end)
+
         try:
-            async with self._reader.reading(disk, ranges, readable) as batches:
-                waiting = trio.current_time()
-                async for batch in batches:
-                    came = trio.current_time()
-                    await self.held()
-                    begun = trio.current_time()
-                    await self._send_batch(batch, holes=holes)
-                    sent = trio.current_time()
-                    self._compressor.waited(batch.transfers, came - waiting, sent - begun)
-                    waiting = sent
-                    if count:
-                        self._advance(disk, batch.covered)
-                    if epoch is not None:
-                        await self._checkpoint(epoch, disk, batch.end)
-                    self._reader.give_back(batch)
+            await self._outgoing.send(disk, ranges, readable, going, sent)
         except BaseExceptionGroup as group:
             raise first_error(group) from None
 
-    async def _send_batch(self, batch: Batch, *, holes: bool) -> None:
+    def _going(self, batch: Batch, *, holes: bool) -> list[m.Event]:
+        """What of a batch is sent, counted; perhaps on a thread, one at a time."""
         going: list[m.Event] = []
         for transfer in batch.transfers:
             if isinstance(transfer, m.Zero):
@@ -199,5 +199,4 @@ class Passes(Questions):
                 self._pass_bytes += transfer.length
             self._digest.add(transfer)
             going.append(transfer)
-        await self._link.send(*going)
-        self._unread += batch.unread
+        return going

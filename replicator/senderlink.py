@@ -6,7 +6,8 @@ whoever waits in `receive`.
 """
 
 import secrets
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -130,15 +131,30 @@ class SenderLink(Link):
 
     async def send(self, *events: Event) -> None:
         """Raises why the conversation ended, where the peer said so: Refused or LinkLost."""
+        async with self._ending_explained():
+            await super().send(*events)
+
+    async def stream(self, more: Callable[[float], Sequence[Event] | None]) -> None:
+        """As `Link.stream` does, until there is a rate to keep to. Raises as `send` does."""
+        async with self._ending_explained():
+            await super().stream(lambda seconds: None if self.limited else more(seconds))
+
+    @asynccontextmanager
+    async def _ending_explained(self) -> AsyncIterator[None]:
         self.raise_ended()
         try:
-            await super().send(*events)
+            yield
         except (LinkLost, LocalProtocolError):
             # The peer's reason may be waiting to be read.
             with trio.move_on_after(_LAST_WORD_SECONDS_MAX):
                 await self._ended.wait()
             self.raise_ended()
             raise
+
+    @property
+    def limited(self) -> bool:
+        """Whether what is sent has to keep to a rate."""
+        return self._pace.bucket.rate is not None
 
     def raise_ended(self) -> None:
         """Raise why the conversation ended, if it did."""
@@ -163,9 +179,20 @@ class SenderLink(Link):
         finally:
             self.answers.writing(False)
 
+    async def _send_stream(self, more: Callable[[float], Sequence[Event] | None]) -> None:
+        self.answers.writing(True)
+        try:
+            await super()._send_stream(more)
+        finally:
+            self.answers.writing(False)
+
+    def _took(self, count: int) -> None:
+        super()._took(count)
+        self._sent.bytes += count
+
     async def _write_paced(self, buffers: Sequence[Buffer]) -> None:
         self.answers.writing(True)
-        if self._pace.bucket.rate is None:
+        if not self.limited:
             await self._put(buffers)
             self._sent.bytes += sum(len(buffer) for buffer in buffers)
             return

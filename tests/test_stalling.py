@@ -15,7 +15,7 @@ from test_replication import Pair
 
 from replicator.eventqueue import EventQueue
 from replicator.messages import Event, Ping
-from replicator.receiver import _work
+from replicator.receiver import Work, _work
 from replicator.stalling import STALLED_SECONDS, Answers
 
 SECONDS_MAX = 2 * STALLED_SECONDS
@@ -140,7 +140,7 @@ async def test_questions_to_a_disk_that_hangs_are_bounded() -> None:
 
     queue, peer = EventQueue(), Peer()
     async with trio.open_nursery() as session:
-        session.start_soon(_work, peer, Target(), queue, 0, "generation", session)
+        session.start_soon(_work, Work(peer, Target()), queue, 0, "generation", session)
         session.start_soon(ask_without_end)
         await trio.testing.wait_all_tasks_blocked()
         under_way = len(session.child_tasks)
