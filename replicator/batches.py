@@ -68,6 +68,7 @@ class Ahead:
         self._read: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         for buffer in buffers:
             self._spare.put(buffer)
+        self._stopped = False
         self.ended = False
         """Whether `take` gave the last one."""
 
@@ -88,7 +89,7 @@ class Ahead:
     def fill(self, prepare: Callable[[mmap], Batch]) -> None:
         """Read until a batch covers nothing or `stop` is called; a thread's work."""
         try:
-            while (buffer := self._spare.get()) is not None:
+            while (buffer := self._spare.get()) is not None and not self._stopped:
                 batch = prepare(buffer)
                 if not batch.covered:
                     return
@@ -98,7 +99,8 @@ class Ahead:
             self._read.put(None)
 
     def stop(self) -> None:
-        """Read no more."""
+        """Read no more than what is being read."""
+        self._stopped = True
         self._spare.put(None)
 
 

@@ -143,10 +143,14 @@ class Link:
                     patience.deadline = trio.current_time() + self.silence_seconds_max
                 if not left:
                     return
+                self._wait_on()
 
     def _took(self, count: int) -> None:
-        """Called whenever `stream` got so many bytes rid."""
+        """Called when the peer's host took so many bytes of what `stream` sends."""
         self.on_moved()
+
+    def _wait_on(self) -> None:
+        """Called when it does not take all of it at once."""
 
     def _going(self, events: Sequence[Event]) -> None:
         """Called as the bytes of events begin to go out."""
@@ -242,7 +246,9 @@ class Link:
             for one in taken:
                 if isinstance(one, Data):
                     self.recycle(one.data)
-            if event is None and not self._reader.interrupted:
+            if self._reader.interrupted or time.monotonic() >= until:
+                return event
+            if event is None:
                 event = self._receive_now(until)
         return event
 

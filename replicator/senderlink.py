@@ -73,6 +73,7 @@ class SenderLink(Link):
         self.answers = Answers(trio.current_time, self._unsent)
         self.on_moved = self.answers.moved
         self._keepalives: set[int] = set()
+        self._waits = False
         self.on_end: Callable[[], None] = lambda: None
 
     async def listen(self) -> None:
@@ -180,15 +181,22 @@ class SenderLink(Link):
             self.answers.writing(False)
 
     async def _send_stream(self, more: Callable[[float], Sequence[Event] | None]) -> None:
-        self.answers.writing(True)
         try:
             await super()._send_stream(more)
         finally:
-            self.answers.writing(False)
+            if self._waits:
+                self._waits = False
+                self.answers.writing(False)
 
     def _took(self, count: int) -> None:
         super()._took(count)
         self._sent.bytes += count
+
+    def _wait_on(self) -> None:
+        # Not before: what is not read yet is nothing that the target keeps waiting.
+        if not self._waits:
+            self._waits = True
+            self.answers.writing(True)
 
     async def _write_paced(self, buffers: Sequence[Buffer]) -> None:
         self.answers.writing(True)
