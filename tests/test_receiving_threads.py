@@ -8,9 +8,10 @@ import pytest
 import trio
 import trio.testing
 from test_sending_threads import closed, data, ends
-from test_slow_peers import BATCH, MIB
+from test_slow_peers import BATCH, MIB, Ends
 from test_socketwriter import descriptors
 
+from replicator import link
 from replicator import messages as m
 from replicator.beating import Beat
 from replicator.eventqueue import EventQueue
@@ -51,6 +52,22 @@ async def test_what_is_received_is_stored_in_order_before_what_follows() -> None
             (one.offset, bytes(one.data) if isinstance(one, m.Data) else one.length) for one in sent
         ]
         assert most <= 5 * MIB
+        await closed(made, nursery)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("_TAKEN_MAX", 5), ("_TAKEN_BYTES_MAX", 2000)])
+async def test_what_is_stored_at_a_time_is_bounded(
+    limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, limit, value)
+    counts: list[int] = []
+    async with trio.open_nursery() as nursery:
+        made = await ends(nursery)
+        await made.sender.send(*(data(n, 400) for n in range(20)))
+        first = await made.receiver.receive()
+        assert isinstance(first, m.Data)
+        await made.receiver.take_transfers(first, lambda taken: counts.append(len(taken)))
+        assert counts == [5, 5, 5, 5]
         await closed(made, nursery)
 
 
@@ -152,28 +169,68 @@ async def test_while_a_thread_stores_the_receiver_says_that_it_lives() -> None:
         await closed(made, nursery)
 
 
+class Receiving:
+    """A reader with its queue; what is stored and what else is done is noted, in that order."""
+
+    def __init__(self, made: Ends, nursery: trio.Nursery) -> None:
+        self.sender, self.queue, self.order = made.sender, EventQueue(), list[object]()
+        self.work = Work(made.receiver, Replica(self.order))  # type: ignore[arg-type]
+        self.pongs = 0
+        nursery.start_soon(_read, made.receiver, self.queue, self._pong, self.work.store)
+
+    def _pong(self) -> None:
+        self.pongs += 1
+
+    async def pong_arrives(self) -> None:
+        """What was sent before is read by then."""
+        before = self.pongs
+        await self.sender.send(m.Pong(7))
+        with trio.fail_after(10):
+            while self.pongs == before:
+                await trio.sleep(0.01)
+
+
+CHECKPOINT = m.Checkpoint(m.Reached("g", 1, 0, 0), 0, b"")
+
+
+async def test_it_is_read_on_while_a_long_step_is_taken() -> None:
+    async with trio.open_nursery() as nursery:
+        made = await ends(nursery)
+        here = Receiving(made, nursery)
+        await made.sender.send(CHECKPOINT)
+        assert await here.queue.take() == CHECKPOINT
+        await made.sender.send(data(0, 9))
+        await here.pong_arrives()
+        # Or waits to be taken, behind what is stored.
+        assert isinstance(await here.queue.take(), list)
+        await made.sender.send(CHECKPOINT, data(1, 9))
+        await here.pong_arrives()
+        assert not here.order
+        await closed(made, nursery)
+
+
 async def test_a_thread_stores_only_once_all_before_is_done() -> None:
     """Whoever takes from the queue works in the order of the wire, and so does the thread."""
     async with trio.open_nursery() as nursery:
         made = await ends(nursery)
-        queue, order = EventQueue(), list[object]()
-        work = Work(made.receiver, Replica(order))
-        nursery.start_soon(_read, made.receiver, queue, lambda: None, work.store)
-        reached = m.Reached("g", 1, 0, 0)
-        checkpoint = m.Checkpoint(reached, 0, b"")
-        nursery.start_soon(
-            made.sender.send, data(0, 9), checkpoint, data(1, 9), data(2, 9), checkpoint, m.Bye()
-        )
-        while not order or order[-1] != m.Bye():
-            event = await queue.take()
-            # A step that takes its time.
-            await trio.sleep(0.05)
-            if isinstance(event, list):
-                await trio.to_thread.run_sync(work.store, event)
-            else:
-                order.append(event)
-        assert order == [0, checkpoint, 1, 2, checkpoint, m.Bye()]
-        assert work.digest.count == 3
+        here = Receiving(made, nursery)
+        await made.sender.send(CHECKPOINT)
+        assert await here.queue.take() == CHECKPOINT
+        await made.sender.send(data(0, 9))
+        await here.pong_arrives()
+        taken = await here.queue.take()
+        assert isinstance(taken, list)
+        await made.sender.send(data(1, 9))
+        # Long enough for a thread that did not wait.
+        await trio.sleep(0.3)
+        assert not here.order
+        await trio.to_thread.run_sync(here.work.store, taken)
+        async with trio.open_nursery() as taking:
+            taking.start_soon(here.queue.take)
+            await here.pong_arrives()
+            taking.cancel_scope.cancel()
+        assert here.order == [0, 1]
+        assert here.work.digest.count == 2
         await closed(made, nursery)
 
 

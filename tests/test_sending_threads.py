@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Sequence
+from mmap import mmap
 from typing import Any
 
 import pytest
@@ -261,6 +262,21 @@ async def test_no_more_is_read_than_there_are_buffers_for() -> None:
     assert disk.read_bytes == 12 * MIB
 
 
+async def test_once_stopped_it_reads_no_more_though_there_is_room() -> None:
+    ahead = Ahead([mmap(-1, 4096) for _ in range(3)])
+    read: list[mmap] = []
+
+    def prepare(buffer: mmap) -> Batch:
+        read.append(buffer)
+        ahead.stop()
+        return Batch(buffer, covered=1)
+
+    ahead.fill(prepare)
+    assert len(read) == 1
+    assert ahead.take(0) is not None and not ahead.ended
+    assert ahead.take(0) is None and ahead.ended
+
+
 async def test_a_reader_that_fails_ends_what_waits_for_it() -> None:
     reader = BatchReader(Disk(fails_at=9 * MIB), Compressor("none"))
     with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="a mistake")):
@@ -269,7 +285,7 @@ async def test_a_reader_that_fails_ends_what_waits_for_it() -> None:
             await trio.sleep_forever()
 
 
-@pytest.mark.parametrize("bandwidth", [None, 64 << 20])
+@pytest.mark.parametrize("bandwidth", [None, 1 << 30])
 async def test_every_batch_is_sent_once_and_said_to_be_sent_after_it(bandwidth: int | None) -> None:
     async with trio.open_nursery() as nursery:
         pace = Pace(bandwidth)
@@ -285,20 +301,21 @@ async def test_every_batch_is_sent_once_and_said_to_be_sent_after_it(bandwidth: 
 
         async def sent(batches: Sequence[Batch]) -> None:
             said.extend(batch.end for batch in batches)
-            # The other way from now on.
-            pace.set_rate(None if pace.bucket.rate else 64 << 20)
+            # The other way from now on, once that was gone for a while.
+            if len(said) > 5:
+                pace.set_rate(None if bandwidth else 1 << 30)
 
         async def take() -> None:
-            while len(came) < 23:
+            while len(came) < 41:
                 event = await made.receiver.expect(m.Data)
                 assert bytes(event.content()[:8]) == (event.offset + 1).to_bytes(8, "little")
                 came.append(event.offset)
 
         async with trio.open_nursery() as both:
             both.start_soon(take)
-            await outgoing.send(0, [(0, 23 * MIB)], None, going, sent)
-        assert came == list(range(0, 23 * MIB, MIB))
-        assert said == [*range(4 * MIB, 23 * MIB, 4 * MIB), 23 * MIB]
+            await outgoing.send(0, [(0, 41 * MIB)], None, going, sent)
+        assert came == list(range(0, 41 * MIB, MIB))
+        assert said == [*range(4 * MIB, 41 * MIB, 4 * MIB), 41 * MIB]
         await closed(made, nursery)
 
 

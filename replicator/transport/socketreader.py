@@ -76,9 +76,8 @@ class SocketReader:
         poller.register(self._thread.fd, select.POLLIN)
         poller.register(self._thread.wake, select.POLLIN)
         poller.poll(1000 * min(seconds, _WAKE_SECONDS_MAX))
-        if not self._thread.interrupted:
-            with suppress(BlockingIOError):
-                return os.readv(self._thread.fd, [buffer, ahead])
+        with suppress(BlockingIOError):
+            return os.readv(self._thread.fd, [buffer, ahead])
         return None
 
     def _take(self, buffer: memoryview, ahead: memoryview) -> int:
