@@ -171,6 +171,8 @@ class QemuGuest(Guest):
                 scope.deadline = self.paused_at + downtime - self.memory_seconds(downtime)
             except FuseDiskError as error:
                 failures.append(error)
+                # Nothing waits for a pass that nobody wants any more.
+                scope.cancel()
             paused.set()
 
         async with trio.open_nursery() as nursery:

@@ -144,7 +144,8 @@ class Receiver:
             assert replica is not None
             manifest = replica.manifest
             await link.send(await trio.to_thread.run_sync(_opened, replica))
-            log.info("replica %s: %s at epoch %s", opening.name, manifest.state, manifest.epoch)
+            at = "" if manifest.epoch is None else f" at epoch {manifest.epoch}"
+            log.info("replica %s: %s%s", opening.name, manifest.state, at)
             queue, work = EventQueue(), Work(link, replica)
             with one_error():
                 async with trio.open_nursery() as nursery:

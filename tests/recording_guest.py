@@ -68,12 +68,15 @@ class RecordingGuest(Guest):
             options += virtio_disk(disk, number)
         if incoming is not None:
             options += ["-incoming", incoming]
+        self._sockets = [self.qmp]
+        if incoming is not None and incoming.startswith("unix:"):
+            self._sockets.append(Path(incoming.removeprefix("unix:")))
         super().__init__(folder, _SCRIPT, *options, programs=[])
-        wait_for(self._listens, "QEMU has made its monitor")
+        wait_for(self._listens, "QEMU listens")
 
     def _listens(self) -> bool:
         assert self.popen.poll() is None, self.said
-        return self.qmp.exists()
+        return all(path.exists() for path in self._sockets)
 
     @property
     def records(self) -> list[Record]:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -165,12 +165,14 @@ def test_a_killed_sender_of_unknown_outcome_leaves_it_paused(
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("meanwhile", [_rest, trio.sleep_forever])
 async def test_a_move_to_nowhere_leaves_the_guest_running(
-    source: RecordingGuest, tmp_path: Path
+    source: RecordingGuest, tmp_path: Path, meanwhile: Callable[[], Awaitable[None]]
 ) -> None:
     with pytest.raises(FuseDiskError, match="cannot move the guest to unix:/nowhere"):
         async with _hold(source, tmp_path, "unix:/nowhere") as guest:
-            await guest.pause(_rest, 1)
+            with trio.fail_after(60):
+                await guest.pause(meanwhile, 1)
     assert source.status == "running"
     source.wait_for_records(2)
 

@@ -43,7 +43,10 @@ class Copied(NamedTuple):
 
 
 class Copies:
-    """The systems; each leaves ``target`` behind."""
+    """The systems; each leaves ``target`` behind.
+
+    Memory is recalled when all is ready, since soon after that it is given back again.
+    """
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
@@ -62,6 +65,7 @@ class Copies:
         start = (BIN / "replicator", "start", "--name", "r", self.mountpoint, address)
         with running(*receive, log=heard) as receiver:
             wait_said(heard, "listening", receiver)
+            recall()
             with running(*start, log=sent) as sender:
                 wait_said(sent, "filling", sender)
                 begun, cpu = time.monotonic(), cpu_seconds(sender.pid, receiver.pid)
@@ -99,6 +103,7 @@ class Copies:
             qmp = Qmp(monitor)
             server = {"type": "inet", "host": "127.0.0.1", "port": str(port)}
             qmp.call("blockdev-add", driver="nbd", server=server, export="t", **{"node-name": "n"})
+            recall()
             cpu, begun = cpu_seconds(source.pid, target.pid), time.monotonic()
             qmp.call(
                 "blockdev-mirror",
@@ -118,6 +123,7 @@ class Copies:
         serve = ("nbdkit", "-f", "-i", "127.0.0.1", "-p", str(port), "file", self.target)
         with running(*serve, log=self.folder / "nbdkit.log") as server:
             wait_for(lambda: listens(port), "nbdkit is there")
+            recall()
             cpu = cpu_seconds(server.pid)
             seconds, used = _timed(
                 "nbdcopy", "--destination-is-zero", self.image, f"nbd://127.0.0.1:{port}"
@@ -136,6 +142,7 @@ class Copies:
         serve = ("rsync", "--daemon", "--no-detach", f"--config={config}")
         with running(*serve, log=self.folder / "rsyncd.log") as server:
             wait_for(lambda: listens(port), "rsync is there")
+            recall()
             cpu = cpu_seconds(server.pid)
             seconds, used = _timed(
                 *("rsync", "--sparse", "--whole-file", self.image),
@@ -149,6 +156,7 @@ class Copies:
 
     def cp(self) -> Copied:
         """A local copy, as a bound."""
+        recall()
         return self._synced(*_timed("cp", "--sparse=always", self.image, self.target))
 
     def _synced(self, sent: float, cpu: float) -> Copied:
@@ -191,7 +199,6 @@ def in_turn(
         names.rotate(-number)
         for name in names:
             _warm(here.image)
-            recall()
             figures[name].append(systems[name]())
             # Once is enough: the image is the same.
             if len(figures[name]) == 1:
