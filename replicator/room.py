@@ -18,6 +18,7 @@ from fusedisk.errors import FuseDiskError
 from fusedisk.units import format_size
 from replicator.holding import HeldReplica
 from replicator.manifest import Point, clear_errors
+from replicator.messages import OFFSET_MAX
 from replicator.points import remove_files, report_lost
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -25,7 +26,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class TargetFull(FuseDiskError):
-    """There is no room for a pass; the replica is as it was before it."""
+    """There is no room for a pass; what is noted of it stays, and points may have been dropped."""
 
 
 class BoundedReplica(HeldReplica):
@@ -81,7 +82,9 @@ class BoundedReplica(HeldReplica):
 
         Raises FuseDiskError on an I/O error.
         """
-        return self._room() + sum(point.undo_bytes for point in self._spare_points(self._pinned()))
+        spare = sum(point.undo_bytes for point in self._spare_points(self._pinned()))
+        # A filesystem may say anything, and no disk is larger than a message can say.
+        return min(self._room() + spare, OFFSET_MAX)
 
     def _spare_points(self, pinned: Set[int]) -> list[Point]:
         """The points that may go to make room, oldest first."""

@@ -9,8 +9,11 @@ from test_clones import MakeFilesystem, filesystem
 from test_points import UndoFiles
 from test_replication import CHUNK, SIZES, Pair, guest_write, pair
 
+from replicator import messages as m
+from replicator.frames import encode
 from replicator.manifest import ReplicaDisk
 from replicator.pins import Pin
+from replicator.receiver import _opened
 from replicator.replica import Replica, TargetFull
 from replicator.store import Store
 
@@ -91,3 +94,26 @@ def test_points_go_before_a_pass_is_sent_and_only_as_many_as_it_needs(
             pin.close()
         step(replica, 8)
     assert caplog.text.count("target full; dropped the oldest recovery point") == 2
+
+
+def test_however_much_room_there_is_it_can_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What points would give back counts too, on a filesystem that has more than anybody."""
+    files = Nearly(monkeypatch)
+    disks = [ReplicaDisk("disk", 2 * MIB, 65536)]
+    with Store(tmp_path, files, "9") as store:
+        with Replica.open(store, "vm", "src", disks) as replica:
+            for epoch in range(1, 4):
+                replica.begin(epoch, "gen", based=True)
+                replica.write(0, 0, os.urandom(2 * MIB))
+                replica.commit("gen", epoch)
+                replica.apply()
+            replica.begin(4, "gen", based=True)
+            replica.write(0, 0, os.urandom(MIB))
+            replica.checkpoint("gen", 4, 0, MIB)
+        with Replica.open(store, "vm", "src", disks) as replica:
+            files.left = m.OFFSET_MAX
+            said = _opened(replica)
+    assert said.room == m.OFFSET_MAX and said.kept_bytes > MIB
+    assert encode(said)
