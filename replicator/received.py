@@ -40,9 +40,21 @@ def is_there(directory: Path, manifest: Manifest) -> bool:
 
 
 def with_claim(claims: Sequence[Claim], claim: Claim) -> list[Claim]:
-    """Add a claim: it takes the place of the older ones that do not reach beyond it.
+    """Add a claim, unless one that is there says as much; it takes the place of those it covers.
 
-    Where there are too many it is left out: each claim holds by itself.
+    One of an older epoch says more of what was not written after that only where it reaches
+    farther. So the sequel of a comparison, which says again that all is compared, costs none of
+    the newer claims. Where there are too many it is left out: each claim holds by itself.
     """
-    place = claim.disk, claim.offset
-    return [*(c for c in claims if (c.disk, c.offset) > place), claim][:CLAIMS_MAX]
+    if any(covers(each, claim) for each in claims):
+        return list(claims)
+    kept = [each for each in claims if not covers(claim, each)]
+    if len(kept) == CLAIMS_MAX:
+        return kept
+    return sorted([*kept, claim], key=lambda each: (each.disk, each.offset), reverse=True)
+
+
+def covers(claim: Claim, other: Claim) -> bool:
+    """Whether a claim says all that another one does: it reaches as far, of as late an epoch."""
+    place, of_other = (claim.disk, claim.offset), (other.disk, other.offset)
+    return place >= of_other and claim.epoch >= other.epoch

@@ -1,11 +1,14 @@
 """A comparison of a replica that follows goes on after it was cut off, whoever died."""
 
+import errno
 import random
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from conftest import wait_for
 from proxy import Proxy
 from test_clones import MIB, CopyingFiles, filesystem
@@ -14,7 +17,9 @@ from test_cut_pass import RATE, SIZE, pair, reached, received
 from test_replication import CHUNK, Pair, Process, guest_write
 
 from fusedisk.errors import FuseDiskError
-from replicator.manifest import Claim, ReplicaDisk
+from replicator import messages as m
+from replicator.manifest import CLAIMS_MAX, Claim, ReplicaDisk
+from replicator.reaching import Reached
 from replicator.replica import Replica
 from replicator.store import Store
 
@@ -166,3 +171,121 @@ def test_what_was_said_of_a_pass_is_not_noted_of_the_next(store: Store) -> None:
         assert replica.manifest.received is None
         replica.checkpoint("old", 2, 1, MIB, of=replica.number)
         assert replica.manifest.received is not None
+
+
+@pytest.mark.parametrize("how", ["cut", "full"])
+def test_what_came_after_a_comparison_survives_its_sequels(
+    store: Store, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Each of them has nothing left to compare and says so again, before it sends anything."""
+    claims = [Claim(7, 1, MIB), Claim(8, 0, 512 << 10)]
+    with opened(store) as replica:
+        replica.begin(7, "new")
+        replica.checkpoint("new", 7, 1, MIB)
+        replica.write(0, 0, b"x" * (512 << 10))
+        replica.checkpoint("new", 8, 0, 512 << 10)
+    for sequel in (b"1" * 16, b"2" * 16):
+        with opened(store) as replica, monkeypatch.context() as patched:
+            before = replica.kept_bytes
+            replica.begin(7, "new", continues=True)
+            replica.write(1, 0, sequel * 4096)
+            replica.checkpoint("new", 7, 1, MIB, sequel)
+            if how == "full":
+                patched.setattr(store.files, "write", full)
+                with pytest.raises(FuseDiskError, match="no room for the rest of a pass"):
+                    replica.write(1, 0, b"more")
+        with opened(store) as replica:
+            # What is noted with them is of now: it is what the next sequel begins with.
+            assert (replica.claims, replica.kept) == (claims, sequel)
+            assert replica.kept_bytes > before or not before
+    with opened(store) as replica:
+        replica.begin(7, "new", continues=True)
+        replica.commit("new", 9)
+        replica.apply()
+    assert (store.path / "r/a").read_bytes() == b"x" * (512 << 10) + b"o" * (512 << 10)
+    assert (store.path / "r/b").read_bytes() == b"2" * CHUNK + b"o" * (MIB - CHUNK)
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Slow:
+    """Checkpoints of replicas, the first of which takes until it is let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.noted: list[tuple[int, int, int]] = []
+        checkpoint = Replica.checkpoint
+
+        def slow(
+            replica: Replica,
+            generation: str,
+            epoch: int,
+            disk: int,
+            offset: int,
+            passed: bytes = b"",
+            *,
+            of: int | None = None,
+        ) -> None:
+            self.begun.set()
+            self.go_on.wait()
+            self.noted.append((epoch, disk, offset))
+            checkpoint(replica, generation, epoch, disk, offset, passed, of=of)
+
+        monkeypatch.setattr(Replica, "checkpoint", slow)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    return Slow(monkeypatch)
+
+
+async def say(replica: Replica, slow: Slow, *places: tuple[int, int, int]) -> None:
+    """Say how far a pass is, all of it while the first of it is being noted."""
+    async with trio.open_nursery() as nursery:
+        reached = Reached(replica, nursery)
+        for place in places:
+            reached.note(m.Reached("new", *place))
+            await trio.to_thread.run_sync(slow.begun.wait)
+        slow.go_on.set()
+
+
+@pytest.mark.trio
+async def test_what_is_said_while_the_end_of_a_comparison_waits_leaves_it(
+    store: Store, slow: Slow
+) -> None:
+    with opened(store) as replica:
+        replica.begin(7, "new")
+        after = [(8, 0, at * CHUNK) for at in range(1, 9)]
+        await say(replica, slow, (7, 0, CHUNK), (7, 1, CHUNK), (7, 1, MIB), *after)
+        # What a later one says too is not noted by itself.
+        assert slow.noted == [(7, 0, CHUNK), (7, 1, MIB), after[-1]]
+        assert replica.manifest.received is not None
+        assert replica.manifest.received.claims == [Claim(7, 1, MIB), Claim(*after[-1])]
+
+
+@pytest.mark.trio
+async def test_only_so_much_waits_to_be_noted(store: Store, slow: Slow) -> None:
+    with opened(store) as replica:
+        replica.begin(7, "new")
+        claims = [(7 + at, 0, CHUNK - at) for at in range(10 * CLAIMS_MAX)]
+        await say(replica, slow, *claims)
+        assert slow.noted == claims[: CLAIMS_MAX + 1]
+
+
+@pytest.mark.trio
+async def test_what_waits_goes_with_its_pass(store: Store, slow: Slow) -> None:
+    with opened(store) as replica:
+        async with trio.open_nursery() as nursery:
+            reached = Reached(replica, nursery)
+            replica.begin(7, "new")
+            reached.note(m.Reached("new", 7, 0, CHUNK))
+            await trio.to_thread.run_sync(slow.begun.wait)
+            reached.note(m.Reached("new", 7, 1, MIB))
+            replica.begin(8, "new")
+            reached.note(m.Reached("new", 8, 0, CHUNK))
+            slow.go_on.set()
+        assert slow.noted == [(7, 0, CHUNK), (8, 0, CHUNK)]
+        assert replica.manifest.received is not None
+        assert replica.manifest.received.claims == [Claim(8, 0, CHUNK)]

@@ -360,6 +360,10 @@ def test_a_claim_replaces_those_that_it_reaches_beyond() -> None:
         claims = with_claim(claims, claim)
     assert claims == [Claim(3, 1, 512), Claim(5, 0, 8192)]
     assert with_claim(claims, Claim(7, 1, 1024)) == [Claim(7, 1, 1024)]
+    # Older, and so it says less of what was written since than a newer one that is nearer.
+    assert with_claim(claims, Claim(2, 1, 1024)) == [Claim(2, 1, 1024), *claims]
+    for less in (*claims, Claim(3, 1, 511), Claim(2, 1, 512), Claim(4, 0, 8192)):
+        assert with_claim(claims, less) == claims
     for place in range(100, 0, -1):
         claims = with_claim(claims, Claim(200 - place, 0, place))
     assert len(claims) == CLAIMS_MAX and claims[0] == Claim(3, 1, 512)
