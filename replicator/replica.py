@@ -175,7 +175,7 @@ class Replica(CheckpointedReplica):
 
         The room is given back where the filesystem can; what is a hole already is not touched.
         Raises FuseDiskError outside the disk, outside a pass (see `begin`), or on an I/O error;
-        TargetFull drops the pass.
+        TargetFull ends the pass, as in `write`.
         """
         with self._leaving_if_full():
             self._as_room_is_made(lambda: self._zero(disk, offset, length))
