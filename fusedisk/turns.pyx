@@ -30,8 +30,9 @@ cdef extern from *:
         return __atomic_compare_exchange_n(p, &zero, 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     }
     static void tn_sleep(uint32_t *p, uint32_t seen)
-    { syscall(SYS_futex, p, FUTEX_WAIT_PRIVATE, seen, 0, 0, 0); }
-    static void tn_wake_one(uint32_t *p) { syscall(SYS_futex, p, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0); }
+    { syscall(SYS_futex, p, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0); }
+    static void tn_wake_one(uint32_t *p)
+    { syscall(SYS_futex, p, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0); }
     static void tn_pause(void)
     {
     #if defined(__x86_64__) || defined(__i386__)

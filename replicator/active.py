@@ -7,6 +7,8 @@ from replicator import messages as m
 from replicator.link import Link, LinkLost
 
 _PROBE_SECONDS = 2.0
+# So much of it may be counted at most where somebody stops reading meanwhile.
+_STEP_SECONDS = 0.1
 
 
 class Active:
@@ -45,13 +47,22 @@ class Active:
         with trio.move_on_after(_PROBE_SECONDS / 2):
             try:
                 await self._link.send(m.Ping(0))
-                await self._answered.wait()
             except (LinkLost, m.LocalProtocolError, m.RemoteProtocolError):
                 return False
-        if not self._answered.is_set():
-            # By now what a dead peer had left in the buffers has been read.
-            heard = self._link.received_bytes
-            with trio.move_on_after(_PROBE_SECONDS / 2):
+        await self._listen()
+        # By now what a dead peer had left in the buffers has been read.
+        heard = self._link.received_bytes
+        await self._listen()
+        return self._answered.is_set() or self._link.received_bytes > heard
+
+    async def _listen(self) -> None:
+        """Wait for the answer, for so long as the link is read."""
+        left = _PROBE_SECONDS / 2
+        while left > 0 and not self._answered.is_set():
+            # Invariant: a peer is not silent while nobody listens. A target's disk may take longer
+            # over what came last than any peer may take to answer.
+            await self._link.being_read()
+            begun = trio.current_time()
+            with trio.move_on_after(min(left, _STEP_SECONDS)):
                 await self._answered.wait()
-            return self._answered.is_set() or self._link.received_bytes > heard
-        return True
+            left -= trio.current_time() - begun

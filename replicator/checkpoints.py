@@ -185,7 +185,7 @@ class CheckpointedReplica(DecidableReplica):
             return msgspec.structs.replace(noted, slot=slot, length=length)
         except OSError as error:
             # The kernel reports a lost write once: a second sync would lie.
-            self._unusable = "failed to sync; open it again and repeat the pass"
+            self._give_up("failed to sync; open it again and repeat the pass", error)
             raise FuseDiskError(f"cannot sync {receiving.path}: {error.strerror}") from error
 
     def _go_on(self, epoch: int, generation: str | None, *, based: bool) -> None:

@@ -77,6 +77,8 @@ class Link:
         self._sending = trio.Lock()
         self._put_scope: trio.CancelScope | None = None
         self.received_bytes = self._received = 0
+        self._read_by_somebody = trio.Event()
+        self._read_by_somebody.set()
         self._ahead = memoryview(bytearray(_AHEAD_BYTES))
         self._waiting = self._ahead[:0]
 
@@ -207,6 +209,19 @@ class Link:
             buffer[:count] = self._waiting[:count]
             self._waiting = self._waiting[count:]
         return count
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Entered by whoever reads, for as long as it has something else to do."""
+        self._read_by_somebody = trio.Event()
+        try:
+            yield
+        finally:
+            self._read_by_somebody.set()
+
+    async def being_read(self) -> None:
+        """Wait until whoever reads is at it: no peer is silent before that."""
+        await self._read_by_somebody.wait()
 
     async def take_transfers(
         self, first: Data | Zero, store: Callable[[Sequence[Data | Zero]], None]

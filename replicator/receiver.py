@@ -244,18 +244,19 @@ async def _read(
     while True:
         if event is None:
             event = await link.receive()
-        if isinstance(event, m.Data | m.Zero) and link.on_threads and queue.transfers_only:
-            # One thread that receives and stores many wakes nobody between the two.
-            await queue.idle()
-            event = await link.take_transfers(event, store)
-            continue
-        if isinstance(event, m.Pong):
-            on_pong()
-        else:
-            await queue.put(event)
-        if isinstance(event, m.Bye | m.Failed):
-            return
-        event = None
+        with link.unread():
+            if isinstance(event, m.Data | m.Zero) and link.on_threads and queue.transfers_only:
+                # One thread that receives and stores many wakes nobody between the two.
+                await queue.idle()
+                event = await link.take_transfers(event, store)
+                continue
+            if isinstance(event, m.Pong):
+                on_pong()
+            else:
+                await queue.put(event)
+            if isinstance(event, m.Bye | m.Failed):
+                return
+            event = None
 
 
 async def _work(

@@ -114,6 +114,9 @@ class BoundedReplica(HeldReplica):
 
     def _drop_oldest_point(self) -> int | None:
         """Give the room of the oldest point back; its id, or None where only the newest is left."""
+        if self._unusable is not None:
+            # Nothing will be written: the first error is not to wait for what is being applied.
+            return None
         with self._apply_mutex, self._alone():
             points = self._manifest.points
             if self._unusable is not None or len(points) < 2:

@@ -13,6 +13,7 @@ from test_socketwriter import descriptors
 
 from replicator import link
 from replicator import messages as m
+from replicator.active import _PROBE_SECONDS, Active
 from replicator.beating import Beat
 from replicator.eventqueue import EventQueue
 from replicator.link import LinkLost
@@ -188,6 +189,43 @@ class Receiving:
         with trio.fail_after(10):
             while self.pongs == before:
                 await trio.sleep(0.01)
+
+
+OPENING = m.Open("r", "s", "i", "g", 1, [m.DiskInfo("d", 1 << 30, 65536)])
+
+
+async def test_a_sender_is_not_dead_while_nobody_reads_what_it_sends() -> None:
+    """A thread may store for longer than a peer may take to answer."""
+    async with trio.open_nursery() as nursery:
+        made = await ends(nursery)
+        active, queue, go_on = Active(made.receiver, OPENING), EventQueue(), threading.Event()
+        nursery.start_soon(_read, made.receiver, queue, active.pong, lambda _: go_on.wait(10))
+        nursery.start_soon(queue.take)
+        await made.sender.send(BATCH[0])
+        async with trio.open_nursery() as asking:
+            asking.start_soon(found, active, True)
+            await trio.sleep(_PROBE_SECONDS + 0.5)
+            go_on.set()
+        await closed(made, nursery)
+
+
+async def test_a_dead_sender_is_dead_once_all_that_it_sent_is_stored() -> None:
+    async with trio.open_nursery() as nursery:
+        made = await ends(nursery)
+        active, queue, go_on = Active(made.receiver, OPENING), EventQueue(), threading.Event()
+        # As if no answer came.
+        nursery.start_soon(_read, made.receiver, queue, lambda: None, lambda _: go_on.wait(10))
+        nursery.start_soon(queue.take)
+        await made.sender.send(BATCH[0])
+        async with trio.open_nursery() as asking:
+            asking.start_soon(found, active, False)
+            await trio.sleep(0.5)
+            go_on.set()
+        await closed(made, nursery)
+
+
+async def found(active: Active, alive: bool) -> None:
+    assert await active.alive() is alive
 
 
 CHECKPOINT = m.Checkpoint(m.Reached("g", 1, 0, 0), 0, b"")

@@ -45,16 +45,22 @@ def code_of(error: BaseException) -> str:
         (errno.EACCES, "refused"),
     ],
 )
-def test_what_fails_after_a_failure_fails_like_it(tmp_path: Path, number: int, code: str) -> None:
+@pytest.mark.parametrize("kind", ["fill", "pass"])
+def test_what_fails_after_a_failure_fails_like_it(
+    tmp_path: Path, number: int, code: str, kind: str
+) -> None:
     files = FailingFiles()
     with Store(tmp_path, files) as store, opened(store) as replica:
-        replica.begin(3, "gen")
+        if kind == "pass":
+            replica.begin(2, "gen")
+            replica.commit("gen", 2)
+        replica.begin(3, "gen", based=kind == "pass")
         replica.write(0, 0, b"data")
         files.errno = number
         later = (
             lambda: replica.checkpoint("gen", 3, 0, 4096),
             lambda: replica.write(0, 0, b"data"),
-            lambda: replica.commit("gen", 3, consistent=False),
+            lambda: replica.commit("gen", 3, consistent=kind == "pass"),
             replica.apply,
         )
         for call in later:

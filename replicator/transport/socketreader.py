@@ -66,7 +66,10 @@ class SocketReader:
         return self._thread.interrupted
 
     def receive_now(self, buffer: memoryview, ahead: memoryview, until: float) -> int | None:
-        """The same on a thread; None where nothing comes up to a time by the monotonic clock."""
+        """The same on a thread; None where nothing has come when it has waited.
+
+        That is up to a time by the monotonic clock, or a part of it.
+        """
         with suppress(BlockingIOError):
             return os.readv(self._thread.fd, [buffer, ahead])
         if (seconds := until - time.monotonic()) <= 0:

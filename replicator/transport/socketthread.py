@@ -69,7 +69,7 @@ class SocketThread:
 
         def abort(raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
             # Invariant: the buffers are used again only once the thread is done with them, so it
-            # is waited for; it ends at once.
+            # is waited for; it ends after what it has in hand.
             cancelled.append(raise_cancel)
             self._interrupt()
             return trio.lowlevel.Abort.FAILED
