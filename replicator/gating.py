@@ -99,12 +99,12 @@ async def held_gate(source: Source, deadline: float) -> AsyncIterator[Gate]:
     Raises AnotherCutover where one is under way.
     """
     try:
-        lease = await trio.to_thread.run_sync(take_lease, source.state)
+        lease = take_lease(source.state)
     except BlockingIOError:
         raise AnotherCutover("another cutover of this mount is under way") from None
     try:
         # Once more: a cutover to another replica may have come first since this one began.
-        await trio.to_thread.run_sync(require_settled, source)
+        require_settled(source)
         keeping = trio.CancelScope(shield=True)
         gate = Gate(source.control, lease, deadline + _GRACE_SECONDS)
         try:
@@ -116,8 +116,6 @@ async def held_gate(source: Source, deadline: float) -> AsyncIterator[Gate]:
                     finally:
                         keeping.cancel()
         finally:
-            images = [Path(disk.path) for disk in source.record.disks]
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(gate.open, images)
+            gate.open([Path(disk.path) for disk in source.record.disks])
     finally:
         os.close(lease)
