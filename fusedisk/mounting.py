@@ -25,6 +25,7 @@ from fusedisk.standby import close_gate
 from fusedisk.state import default_state_dir, lock_state, locked, read_mount_record
 from fusedisk.unsettled import unsettled, unsettled_text
 
+_BUSY_SECONDS = 1.0
 _FLUSH_SECONDS_MAX = 600.0
 _UPGRADE_SECONDS_MAX = 60.0
 
@@ -282,6 +283,11 @@ def unmount(mountpoint: Path) -> str | None:
     daemons = read_daemons(state)
     dead = daemons.keeper is None and daemons.server is None and not locked(state)
     failure = fusermount(where, lazy=dead)
+    until = time.monotonic() + _BUSY_SECONDS
+    while failure is not None and time.monotonic() < until:
+        # The kernel closes some files of a program that has just ended a moment later (io_uring).
+        time.sleep(0.05)
+        failure = fusermount(where, lazy=dead)
     if failure is not None:
         raise FuseDiskError(f"not unmounted: {failure}; close what uses the disks")
     if dead:
