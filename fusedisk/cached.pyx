@@ -2,8 +2,8 @@
 """Writes to a backing image through the page cache, in the folios that serve its guest best.
 
 What a write costs depends on the folios that it meets (scripts/bench folios). ext4 walks all blocks
-of a folio at each write into it: 4 KiB cost 1.7 times as much in folios of 64 KiB as in single
-pages, and 8 times in folios of 1 MiB. And a large write pays for each folio by itself: 1 MiB costs
+of a folio at each write into it: 4 KiB cost 1.6 times as much in folios of 64 KiB as in single
+pages, and 4 to 8 times in folios of 1 MiB. And a large write pays for each folio by itself: 1 MiB costs
 half as much in folios of 64 KiB as in single pages, and hardly less in larger ones. A write makes
 folios of up to its own length where nothing is cached; reads leave single pages (see image.py).
 """

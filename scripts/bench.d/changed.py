@@ -41,9 +41,9 @@ def main() -> None:
         since = source.control.epoch - 1
         looks: dict[str, Callable[[], object]] = {
             "count them": lambda: source.changed_bytes(since),
-            "list their ranges": lambda: source.changed_ranges(0, since),
+            "list their ranges": lambda: list(source.changed_ranges(0, since)),
         }
-        if len(source.changed_ranges(0, since)) != arguments.chunks:
+        if len(list(source.changed_ranges(0, since))) != arguments.chunks:
             raise SystemExit("not what was written was found")
         for name, look in looks.items():
             times = [milliseconds(look) for _ in range(arguments.rounds)]
