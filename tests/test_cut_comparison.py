@@ -12,9 +12,9 @@ import trio
 from conftest import wait_for
 from proxy import Proxy
 from test_clones import MIB, CopyingFiles, filesystem
-from test_cut_fill import UNDER_WAY, guest_discard
-from test_cut_pass import RATE, SIZE, pair, reached, received
-from test_replication import CHUNK, Pair, Process, guest_write
+from test_cut_fill import UNDER_WAY
+from test_cut_pass import RATE, SIZE, change_around, pair, reached, received
+from test_replication import CHUNK, Pair, Process
 
 from fusedisk.errors import FuseDiskError
 from replicator import messages as m
@@ -58,11 +58,7 @@ def test_a_comparison_that_was_cut_off_goes_on(pair: Pair, cuts: tuple[str, ...]
             before = reached(pair)
             kept = received(pair.store)
             assert kept is not None and kept.compared and kept.towards != kept.generation
-            # Before the place that was reached, in what is on its way, and beyond.
-            for offset in (2 * CHUNK, before + 2 * CHUNK, SIZE - 4 * CHUNK):
-                guest_write(disk, b"x" * CHUNK, offset + 2 * number * CHUNK)
-                guest_discard(disk, offset + (2 * number - 1) * CHUNK, CHUNK)
-                written += 2 * CHUNK
+            written += change_around(disk, before, number)
             if number + 1 == len(cuts):
                 proxy.rate = None
             if what == "link":

@@ -56,6 +56,18 @@ def received(store: Path) -> Received | None:
     return None if manifest is None else manifest.received
 
 
+def change_around(disk: Path, reached: int, number: int) -> int:
+    """Write and discard before the place that was reached, in what is on its way, and beyond.
+
+    Bytes that were changed, which are others for each ``number``.
+    """
+    places = (2 * CHUNK, reached + 2 * CHUNK, SIZE - 4 * CHUNK)
+    for offset in places:
+        guest_write(disk, b"x" * CHUNK, offset + 2 * number * CHUNK)
+        guest_discard(disk, offset + (2 * number - 1) * CHUNK, CHUNK)
+    return len(places) * 2 * CHUNK
+
+
 def reached(pair: Pair) -> int:
     found = received(pair.store)
     # The farthest place, whatever later connections have sent again before it.
@@ -93,11 +105,7 @@ def test_a_pass_that_was_cut_off_goes_on(
             assert kept is not None
             if "clones" in request.node.name:
                 assert kept.clones == [0]
-            # Before the place that was reached, in what is on its way, and beyond.
-            for offset in (2 * CHUNK, before + 2 * CHUNK, SIZE - 4 * CHUNK):
-                guest_write(disk, b"x" * CHUNK, offset + 2 * number * CHUNK)
-                guest_discard(disk, offset + (2 * number - 1) * CHUNK, CHUNK)
-                written += 2 * CHUNK
+            written += change_around(disk, before, number)
             if number + 1 == len(cuts):
                 proxy.rate = None
             if what == "link":

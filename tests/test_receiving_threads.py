@@ -194,32 +194,20 @@ class Receiving:
 OPENING = m.Open("r", "s", "i", "g", 1, [m.DiskInfo("d", 1 << 30, 65536)])
 
 
-async def test_a_sender_is_not_dead_while_nobody_reads_what_it_sends() -> None:
-    """A thread may store for longer than a peer may take to answer."""
+@pytest.mark.parametrize("alive", [True, False])
+async def test_a_sender_is_judged_once_what_it_sent_is_stored(alive: bool) -> None:
+    """A thread may store for longer than a peer may take to answer, and nobody reads meanwhile."""
     async with trio.open_nursery() as nursery:
         made = await ends(nursery)
         active, queue, go_on = Active(made.receiver, OPENING), EventQueue(), threading.Event()
-        nursery.start_soon(_read, made.receiver, queue, active.pong, lambda _: go_on.wait(10))
+        # The sender answers by itself; of a dead one no answer comes.
+        on_pong = active.pong if alive else lambda: None
+        nursery.start_soon(_read, made.receiver, queue, on_pong, lambda _: go_on.wait(10))
         nursery.start_soon(queue.take)
         await made.sender.send(BATCH[0])
         async with trio.open_nursery() as asking:
-            asking.start_soon(found, active, True)
+            asking.start_soon(found, active, alive)
             await trio.sleep(_PROBE_SECONDS + 0.5)
-            go_on.set()
-        await closed(made, nursery)
-
-
-async def test_a_dead_sender_is_dead_once_all_that_it_sent_is_stored() -> None:
-    async with trio.open_nursery() as nursery:
-        made = await ends(nursery)
-        active, queue, go_on = Active(made.receiver, OPENING), EventQueue(), threading.Event()
-        # As if no answer came.
-        nursery.start_soon(_read, made.receiver, queue, lambda: None, lambda _: go_on.wait(10))
-        nursery.start_soon(queue.take)
-        await made.sender.send(BATCH[0])
-        async with trio.open_nursery() as asking:
-            asking.start_soon(found, active, False)
-            await trio.sleep(0.5)
             go_on.set()
         await closed(made, nursery)
 

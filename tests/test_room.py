@@ -1,6 +1,8 @@
 """The room that a journal needs is looked at, and made, before the pass is sent."""
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,12 @@ def test_however_much_room_there_is_it_can_be_said(
             said = _opened(replica)
     assert said.room == m.OFFSET_MAX and said.kept_bytes > MIB
     assert encode(said)
+
+
+def test_a_replica_that_failed_waits_for_nothing_to_say_so(tmp_path: Path) -> None:
+    """Its first error says why; a pass may be being applied over the same disk for long."""
+    with Store(tmp_path) as store:
+        replica = Replica.open(store, "vm", "src", [ReplicaDisk("disk", CHUNK, CHUNK)])
+        with replica, ThreadPoolExecutor(1) as another, replica._apply_mutex:
+            replica._give_up("failed", OSError(errno.ENOSPC, "full"))
+            assert another.submit(replica._drop_oldest_point).result(10) is None
