@@ -43,8 +43,19 @@ def little_free(needed: int) -> Iterator[None]:
             held.close()
 
 
-def recall() -> None:
-    """Have the kernel own all that is free."""
-    taken = _take(_free() - _LEFT)
+def room_to_dirty(size: int) -> int:
+    """Memory to leave free so that no writeback begins before ``size`` bytes are dirty.
+
+    The kernel begins it at vm.dirty_background_ratio percent of what is free and cached
+    (Documentation/admin-guide/sysctl/vm.rst), or at vm.dirty_background_bytes whatever the room.
+    """
+    percent = int(Path("/proc/sys/vm/dirty_background_ratio").read_text())
+    return size * 11 // 10 * 100 // percent if percent else size
+
+
+def recall(most: int | None = None) -> None:
+    """Have the kernel own all that is free, or the ``most`` bytes of it that it uses first."""
+    free = _free() - _LEFT
+    taken = _take(free if most is None else min(free, most))
     if taken is not None:
         taken.close()

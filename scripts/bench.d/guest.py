@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common import GIB, scratch_parser, table
 from fio import fio, images, ratio, read_through, served, settle
-from freememory import little_free, recall
+from freememory import little_free, recall, room_to_dirty
 from systems import SYSTEMS
 
 # Name, fio's pattern, block size, depth.
@@ -59,11 +59,14 @@ def parse() -> argparse.Namespace:
 def warm_runs(arguments: argparse.Namespace, names: list[str], loads: list[Load]) -> Iterator[Run]:
     """All are served at once and read through, so that those compared run seconds apart."""
     size = arguments.gib * GIB
-    with served(arguments.scratch, names, size, arguments.cache) as (disks, how), little_free(size):
+    with (
+        served(arguments.scratch, names, size, arguments.cache) as (disks, how),
+        little_free(room_to_dirty(size)),
+    ):
         for load, name in itertools.product(loads * arguments.rounds, names):
             # Again, since other work on the machine may have taken the cache away.
             read_through(disks[name].path)
-            recall()
+            recall(size)
             yield load, name, measure(disks[name].path, size, how, load, arguments.seconds)
             settle(disks[name].image)
 
@@ -71,11 +74,11 @@ def warm_runs(arguments: argparse.Namespace, names: list[str], loads: list[Load]
 def cold_runs(arguments: argparse.Namespace, names: list[str], loads: list[Load]) -> Iterator[Run]:
     """Each is served anew: pages that a server has mapped could not be taken from the cache."""
     size = arguments.gib * GIB
-    with images(arguments.scratch, names, size) as (copies, how), little_free(size):
+    with images(arguments.scratch, names, size) as (copies, how), little_free(room_to_dirty(size)):
         for load, name in itertools.product(loads * arguments.rounds, names):
             image = copies[name]
             settle(image, drop=True)
-            recall()
+            recall(2 * size)
             with SYSTEMS[name](image, image.parent, arguments.cache) as disk:
                 yield load, name, measure(disk, size, how, load, arguments.seconds)
 
