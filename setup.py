@@ -9,7 +9,17 @@ setup(
             Extension(f"fusedisk.{name}", [f"fusedisk/{name}.pyx"], extra_compile_args=["-O2"])
             for name in (
                 *("activity", "changemap", "direct", "capture", "mapped", "cached", "disk"),
-                *("turns", "parked", "slowing", "gateword", "device", "relay", "datapath", "zeros"),
+                *(
+                    "turns",
+                    "resting",
+                    "parked",
+                    "slowing",
+                    "gateword",
+                    "device",
+                    "relay",
+                    "datapath",
+                    "zeros",
+                ),
             )
         ],
         language_level=3,

@@ -35,6 +35,7 @@ from fusedisk.parked cimport (
     parking_begin, repark, unpark, wake_parking,
 )
 from fusedisk.relay cimport Relay
+from fusedisk.resting cimport Resting, rest, resting_begin, resting_note
 from fusedisk.slowing cimport may_write, slowed
 
 cdef extern from *:
@@ -72,6 +73,8 @@ cdef enum:
     _DISKS_MAX = 64
     _GATE_POLL_MICROSECONDS = 1000
     _LEASE_POLLS = 20
+    # Of writes longer than this the filesystem takes long enough that others wait for their turn.
+    _LARGE = 128 << 10
     # A hole of more than that may take long; each smaller one is not worth a change of threads.
     _ZERO_AT_ONCE = 4 << 20
 
@@ -87,19 +90,21 @@ cdef class DataPath:
     """Serves one mount. Each of the loops below is called in a thread of its own.
 
     ``relay`` has the mounted device, ``disks`` are at most 64 of inode 2 and up. ``check_lease`` is
-    called now and then while writes are held; if it returns true they are refused.
+    called now and then while writes are held; if it returns true they are refused. So many threads as
+    ``may_rest`` rest while the rest of them suffices.
     """
 
     cdef int _stopping, _writeback, _count
     cdef DiskIO *_disks[_DISKS_MAX]
     cdef Mapping _mappings[_DISKS_MAX]
     cdef Parking _parking, _lasting
+    cdef Resting _resting
     cdef object _keep, _check_lease, _threads, _lock
     cdef Relay _relay
     cdef Device *_device
     cdef readonly int error
 
-    def __cinit__(self, Relay relay not None, disks, *, writeback, check_lease):
+    def __cinit__(self, Relay relay not None, disks, *, writeback, check_lease, may_rest):
         if not 1 <= len(disks) <= _DISKS_MAX:
             raise ValueError(f"a mount serves 1 to {_DISKS_MAX} disks")
         self._relay, self._device, self._writeback = relay, &relay.device, writeback
@@ -116,6 +121,7 @@ cdef class DataPath:
         if parking_begin(&self._parking, False) < 0 or parking_begin(&self._lasting, True) < 0:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self._threads, self._lock = {}, threading.Lock()
+        resting_begin(&self._resting, may_rest)
 
     def __dealloc__(self):
         for i in range(self._count):
@@ -138,6 +144,7 @@ cdef class DataPath:
         try:
             with nogil:
                 while not fd_load_int(&self._stopping):
+                    rest(&self._resting, self._device.fd, &self._stopping)
                     n = device_receive(self._device, head, body)
                     if n >= 0:
                         self._take(slot, head, body, <size_t>n)
@@ -159,9 +166,18 @@ cdef class DataPath:
         cdef k.fuse_in_header *request = <k.fuse_in_header *>head
         if n < sizeof(k.fuse_in_header) or n < 40 or request.len != n:
             return
+        resting_note(&self._resting, request.nodeid, self._in_turn(request, n))
         if self._lasts(head, n) and park(&self._lasting, head, in_head, body, n - in_head):
             return
         self._dispatch(slot, head, body, n)
+
+    cdef bint _in_turn(self, k.fuse_in_header *request, size_t n) noexcept nogil:
+        """Whether it is a large write to a disk that takes one of these at a time."""
+        cdef DiskIO *disk
+        if request.opcode != k.FUSE_WRITE or n <= _LARGE:
+            return False
+        disk = self._disk(request.nodeid)
+        return disk != NULL and not disk.alignment and disk.cached.one_writer
 
     cdef bint _lasts(self, char *head, size_t n) noexcept nogil:
         """Whether it has to wait for a disk: a few of these would keep all others waiting too."""

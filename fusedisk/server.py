@@ -68,6 +68,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
     spills = open_spills(str(state))
     gate = GateKeeper(state, record, control, fds)
     relay = Relay(arguments.device, functools.partial(_keep, state / "init"), arguments.told)
+    count = _DIRECT_THREADS if any(map(alignment, fds)) else _THREADS
     path = DataPath(
         relay,
         [
@@ -86,6 +87,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
         ],
         writeback=writeback,
         check_lease=gate.check,
+        may_rest=max(0, count - max(2, len(os.sched_getaffinity(0)))),
     )
     operations = DiskFilesystem(
         [NamedDisk(disk.name, fd, disk.size) for disk, fd in zip(record.disks, fds, strict=True)],
@@ -104,7 +106,7 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
                     keep_checkpoints, activity, state, control, fds, checkpointing
                 )
             background.start_soon(_watch_promotion, gate)
-            unmounted = await _run(path, relay, arguments, control, resume, checkpointing)
+            unmounted = await _run(path, count, relay, arguments, control, resume, checkpointing)
             background.cancel_scope.cancel()
     finally:
         pyfuse3.close(unmount=False)
@@ -132,16 +134,16 @@ async def _serve(arguments: argparse.Namespace, resume: bool) -> int:
 
 async def _run(
     path: DataPath,
+    count: int,
     relay: Relay,
     arguments: argparse.Namespace,
     control: Control,
     resume: bool,
     checkpointing: trio.Lock,
 ) -> bool:
-    """Serve; true at the end of the mount, false when told to make room for another server."""
+    """Serve by so many threads; true at the mount's end, false to make room for another server."""
     limiter = trio.CapacityLimiter(math.inf)
     unmounted, ending = True, False
-    count = _DIRECT_THREADS if any(map(alignment, arguments.images)) else _THREADS
 
     async def native(loop: Callable[..., T], *args: object) -> T:
         try:

@@ -1,0 +1,17 @@
+"""Threads that rest while two are enough."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef struct Resting:
+    # Large writes to this inode in a row, as far as it matters, and those received meanwhile.
+    uint32_t in_a_row
+    uint32_t received
+    uint64_t inode
+    # Threads that rest, how many may, and what they are woken by: a futex that counts calls.
+    uint32_t asleep
+    uint32_t most
+    uint32_t calls
+
+cdef void resting_begin(Resting *resting, uint32_t most) noexcept nogil
+cdef void resting_note(Resting *resting, uint64_t inode, bint large_write) noexcept nogil
+cdef void rest(Resting *resting, int device, const int *stopping) noexcept nogil

@@ -1,0 +1,109 @@
+# cython: boundscheck=False, wraparound=False
+"""Threads that rest while two are enough.
+
+A file has one writer at a time. Of the threads that serve one disk's large writes, one is in the
+file and one receives what comes next; the data of any other would only wait in its buffer, and leave
+the processor's cache until its turn comes. The kernel wakes whoever has waited for a request longest,
+so all buffers would be used one after the other. With two threads on two processors large writes were
+up to a quarter faster than with four (docs/benchmarks.md).
+
+Invariant (nobody waits for who rests): any other request, or a large write to another disk, ends the
+rest of all. And where requests wait while none is taken, since those at work are stuck, the ones
+that rest find out within two periods, and take them.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+
+cdef extern from *:
+    """
+    #define _GNU_SOURCE
+    #include <linux/futex.h>
+    #include <poll.h>
+    #include <stdint.h>
+    #include <sys/syscall.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static uint32_t rs_get(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static void rs_put(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    static uint32_t rs_add(uint32_t *p, int32_t v)
+    { return __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST); }
+    static uint64_t rs_inode(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+    static void rs_put_inode(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    static void rs_sleep(uint32_t *p, uint32_t seen, long nanoseconds)
+    {
+        struct timespec period = {0, nanoseconds};
+        syscall(SYS_futex, p, FUTEX_WAIT_PRIVATE, seen, &period, NULL, 0);
+    }
+    static void rs_wake_all(uint32_t *p)
+    { syscall(SYS_futex, p, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0); }
+    static int rs_waits(int fd)
+    {
+        struct pollfd asked = {fd, POLLIN, 0};
+        return poll(&asked, 1, 0) != 0;
+    }
+    static int rs_stopping(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    """
+    uint32_t rs_get(const uint32_t *p) nogil
+    void rs_put(uint32_t *p, uint32_t v) nogil
+    uint32_t rs_add(uint32_t *p, int v) nogil
+    uint64_t rs_inode(const uint64_t *p) nogil
+    void rs_put_inode(uint64_t *p, uint64_t v) nogil
+    void rs_sleep(uint32_t *p, uint32_t seen, long nanoseconds) nogil
+    void rs_wake_all(uint32_t *p) nogil
+    bint rs_waits(int fd) nogil
+    bint rs_stopping(const int *p) nogil
+
+cdef enum:
+    # A guest that writes so many in a row goes on with it.
+    _IN_A_ROW = 16
+    # Some ten large writes: so long a request waits at most twice over for one that rests.
+    _PERIOD_NANOSECONDS = 2000000
+    # Nothing comes any more: to wait for the kernel costs less than to look again and again.
+    _PERIODS_IDLE = 5
+
+
+cdef void resting_begin(Resting *resting, uint32_t most) noexcept nogil:
+    """Nobody rests, and at most so many will at a time."""
+    memset(resting, 0, sizeof(Resting))
+    resting.most = most
+
+
+cdef void resting_note(Resting *resting, uint64_t inode, bint large_write) noexcept nogil:
+    """A request was received. Of others than large writes this is one load, most of the time."""
+    if large_write and rs_inode(&resting.inode) == inode:
+        rs_add(&resting.received, 1)
+        if rs_get(&resting.in_a_row) < _IN_A_ROW:
+            rs_add(&resting.in_a_row, 1)
+    elif large_write or rs_get(&resting.in_a_row):
+        rs_put_inode(&resting.inode, inode)
+        rs_put(&resting.in_a_row, 0)
+        if rs_get(&resting.asleep):
+            rs_add(&resting.calls, 1)
+            rs_wake_all(&resting.calls)
+
+
+cdef void rest(Resting *resting, int device, const int *stopping) noexcept nogil:
+    """Before a request is waited for: return when this thread is needed for it."""
+    if rs_get(&resting.in_a_row) < _IN_A_ROW:
+        return
+    if rs_add(&resting.asleep, 1) <= resting.most:
+        _rest(resting, device, stopping)
+    rs_add(&resting.asleep, -1)
+
+
+cdef void _rest(Resting *resting, int device, const int *stopping) noexcept nogil:
+    cdef uint32_t calls, received, idle = 0
+    while idle < _PERIODS_IDLE and not rs_stopping(stopping):
+        # In this order: whoever ends the row calls after that, so no call is missed.
+        calls, received = rs_get(&resting.calls), rs_get(&resting.received)
+        if rs_get(&resting.in_a_row) < _IN_A_ROW:
+            return
+        rs_sleep(&resting.calls, calls, _PERIOD_NANOSECONDS)
+        if rs_get(&resting.received) != received:
+            idle = 0
+        elif rs_waits(device):
+            return
+        else:
+            idle += 1
