@@ -10,7 +10,7 @@ from pathlib import Path
 from common import GIB, scratch_parser, table
 from fio import fio, images, ratio, read_through, served, settle
 from freememory import little_free, recall, room_to_dirty
-from systems import SYSTEMS
+from systems import SYSTEMS, USUAL
 
 # Name, fio's pattern, block size, depth.
 Load = tuple[str, str, str, int]
@@ -86,7 +86,7 @@ def cold_runs(arguments: argparse.Namespace, names: list[str], loads: list[Load]
 def main() -> None:
     """Measure each system in turn, load by load and round after round, and print medians."""
     arguments = parse()
-    names = arguments.systems.split(",") if arguments.systems else list(SYSTEMS)
+    names = arguments.systems.split(",") if arguments.systems else USUAL
     loads = LOADS if arguments.cold or arguments.cache == "none" else CACHED_LOADS
     if arguments.loads:
         loads = [LOADS[int(number) - 1] for number in arguments.loads.split(",")]

@@ -1,9 +1,12 @@
 /* A FUSE server without a disk behind it: the limit that FUSE itself sets on this machine.
  *
- * null_server DEVICE BYTES THREADS: DEVICE is the descriptor of a mount on a regular file. Reads are answered
- * with what the buffer holds, writes are swallowed; requests are read and answered as in fusedisk.
+ * null_server DEVICE BYTES THREADS [IMAGE]: DEVICE is the descriptor of a mount on a regular file. Reads are answered
+ * with what the buffer holds, writes are swallowed; requests are read and answered as in fusedisk. With
+ * IMAGE both go to that file, one write at a time, and nothing else is done: the limit with an image.
  */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/fuse.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -19,6 +22,8 @@
 
 static int device;
 static unsigned long long bytes;
+static int image = -1;
+static pthread_mutex_t writing = PTHREAD_ADAPTIVE_MUTEX_INITIALIZER_NP;
 
 static void answer(const struct fuse_in_header *request, int error, const void *payload, size_t length)
 {
@@ -26,6 +31,20 @@ static void answer(const struct fuse_in_header *request, int error, const void *
     struct iovec parts[2] = {{&header, sizeof header}, {(void *)payload, length}};
     ssize_t done = writev(device, parts, error || !length ? 1 : 2);
     (void)done;
+}
+
+/* Bytes moved, or a negative errno. */
+static long long move(int opcode, char *body, size_t length, off_t at)
+{
+    ssize_t done = length;
+    if (image >= 0 && opcode == FUSE_READ)
+        done = pread(image, body, length, at);
+    if (image >= 0 && opcode == FUSE_WRITE) {
+        pthread_mutex_lock(&writing);
+        done = pwrite(image, body, length, at);
+        pthread_mutex_unlock(&writing);
+    }
+    return done < 0 ? -errno : done;
 }
 
 static void fill(struct fuse_attr *attributes)
@@ -54,7 +73,7 @@ static void init(const struct fuse_in_header *request, const struct fuse_init_in
     answer(request, 0, &agreed, sizeof agreed);
 }
 
-static void serve_one(const char *head, const char *body, size_t n)
+static void serve_one(const char *head, char *body, size_t n)
 {
     const struct fuse_in_header *request = (const struct fuse_in_header *)head;
     if (n < sizeof *request)
@@ -63,12 +82,15 @@ static void serve_one(const char *head, const char *body, size_t n)
     case FUSE_READ: {
         const struct fuse_read_in *asked = (const struct fuse_read_in *)(request + 1);
         unsigned long long left = asked->offset < bytes ? bytes - asked->offset : 0;
-        answer(request, 0, body, asked->size < left ? asked->size : left);
+        long long done = move(FUSE_READ, body, asked->size < left ? asked->size : left, asked->offset);
+        answer(request, done < 0 ? done : 0, body, done);
         return;
     }
     case FUSE_WRITE: {
-        struct fuse_write_out done = {((const struct fuse_write_in *)(request + 1))->size, 0};
-        answer(request, 0, &done, sizeof done);
+        const struct fuse_write_in *asked = (const struct fuse_write_in *)(request + 1);
+        long long written = move(FUSE_WRITE, body, asked->size, asked->offset);
+        struct fuse_write_out done = {written, 0};
+        answer(request, written < 0 ? written : 0, &done, sizeof done);
         return;
     }
     case FUSE_INIT:
@@ -128,7 +150,7 @@ static void *serve(void *nothing)
 int main(int count, char **words)
 {
     pthread_t other;
-    if (count != 4)
+    if (count != 4 && (count != 5 || (image = open(words[4], O_RDWR)) < 0))
         return 2;
     device = atoi(words[1]);
     bytes = strtoull(words[2], NULL, 10);

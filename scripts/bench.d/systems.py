@@ -86,16 +86,25 @@ def qemu_chain(image: Path, folder: Path, cache: str) -> Iterator[Path]:
         yield disk
 
 
-@contextlib.contextmanager
-def null(image: Path, folder: Path, cache: str) -> Iterator[Path]:
+def null(image: Path, folder: Path, cache: str) -> contextlib.AbstractContextManager[Path]:
     """A FUSE server that touches no image."""
+    return _bare(image, folder, NULL_THREADS[cache])
+
+
+def bare(image: Path, folder: Path, _cache: str) -> contextlib.AbstractContextManager[Path]:
+    """A FUSE server that does nothing but read and write an image, by two threads."""
+    return _bare(image, folder, 2, image)
+
+
+@contextlib.contextmanager
+def _bare(image: Path, folder: Path, threads: int, *behind: Path) -> Iterator[Path]:
     program, disk = folder / "null_server", folder / "null.img"
     if not program.exists():
         compiler = ["gcc", "-O2", "-pthread", "-o", program, _HERE / "null_server.c"]
         subprocess.run(compiler, check=True)
     disk.touch()
     device = keeper.mount(str(disk), ["fsname=null", "rw"])
-    words = [program, str(device), str(image.stat().st_size), str(NULL_THREADS[cache])]
+    words = [program, str(device), str(image.stat().st_size), str(threads), *behind]
     process = subprocess.Popen(words, pass_fds=[device])
     try:
         yield disk
@@ -113,7 +122,10 @@ SYSTEMS: dict[str, System] = {
     "QEMU": qemu,
     "QEMU over NBD": qemu_chain,
     "null server": null,
+    "bare server": bare,
 }
+# The others only where they are named.
+USUAL = list(SYSTEMS)[:5]
 
 
 def need(*programs: str) -> None:
