@@ -144,7 +144,7 @@ cdef class DataPath:
         try:
             with nogil:
                 while not fd_load_int(&self._stopping):
-                    rest(&self._resting, self._device.fd, &self._stopping)
+                    rest(&self._resting, &self._stopping)
                     n = device_receive(self._device, head, body)
                     if n >= 0:
                         self._take(slot, head, body, <size_t>n)

@@ -14,4 +14,4 @@ cdef struct Resting:
 
 cdef void resting_begin(Resting *resting, uint32_t most) noexcept nogil
 cdef void resting_note(Resting *resting, uint64_t inode, bint large_write) noexcept nogil
-cdef void rest(Resting *resting, int device, const int *stopping) noexcept nogil
+cdef void rest(Resting *resting, const int *stopping) noexcept nogil

@@ -8,8 +8,8 @@ so all buffers would be used one after the other. With two threads on two proces
 up to a quarter faster than with four (docs/benchmarks.md).
 
 Invariant (nobody waits for who rests): any other request, or a large write to another disk, ends the
-rest of all. And where requests wait while none is taken, since those at work are stuck, the ones
-that rest find out within two periods, and take them.
+rest of all. And whoever rests sees within two periods that nothing was received meanwhile, and goes
+back to the device: those at work may be stuck.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -19,7 +19,6 @@ cdef extern from *:
     """
     #define _GNU_SOURCE
     #include <linux/futex.h>
-    #include <poll.h>
     #include <stdint.h>
     #include <sys/syscall.h>
     #include <time.h>
@@ -38,11 +37,6 @@ cdef extern from *:
     }
     static void rs_wake_all(uint32_t *p)
     { syscall(SYS_futex, p, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0); }
-    static int rs_waits(int fd)
-    {
-        struct pollfd asked = {fd, POLLIN, 0};
-        return poll(&asked, 1, 0) != 0;
-    }
     static int rs_stopping(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     """
     uint32_t rs_get(const uint32_t *p) nogil
@@ -52,16 +46,13 @@ cdef extern from *:
     void rs_put_inode(uint64_t *p, uint64_t v) nogil
     void rs_sleep(uint32_t *p, uint32_t seen, long nanoseconds) nogil
     void rs_wake_all(uint32_t *p) nogil
-    bint rs_waits(int fd) nogil
     bint rs_stopping(const int *p) nogil
 
 cdef enum:
     # A guest that writes so many in a row goes on with it.
     _IN_A_ROW = 16
-    # Some ten large writes: so long a request waits at most twice over for one that rests.
+    # Some ten large writes: a request waits for one that rests at most twice as long.
     _PERIOD_NANOSECONDS = 2000000
-    # Nothing comes any more: to wait for the kernel costs less than to look again and again.
-    _PERIODS_IDLE = 5
 
 
 cdef void resting_begin(Resting *resting, uint32_t most) noexcept nogil:
@@ -84,26 +75,23 @@ cdef void resting_note(Resting *resting, uint64_t inode, bint large_write) noexc
             rs_wake_all(&resting.calls)
 
 
-cdef void rest(Resting *resting, int device, const int *stopping) noexcept nogil:
+cdef void rest(Resting *resting, const int *stopping) noexcept nogil:
     """Before a request is waited for: return when this thread is needed for it."""
     if rs_get(&resting.in_a_row) < _IN_A_ROW:
         return
     if rs_add(&resting.asleep, 1) <= resting.most:
-        _rest(resting, device, stopping)
+        _rest(resting, stopping)
     rs_add(&resting.asleep, -1)
 
 
-cdef void _rest(Resting *resting, int device, const int *stopping) noexcept nogil:
-    cdef uint32_t calls, received, idle = 0
-    while idle < _PERIODS_IDLE and not rs_stopping(stopping):
+cdef void _rest(Resting *resting, const int *stopping) noexcept nogil:
+    cdef uint32_t calls, received
+    while not rs_stopping(stopping):
         # In this order: whoever ends the row calls after that, so no call is missed.
         calls, received = rs_get(&resting.calls), rs_get(&resting.received)
         if rs_get(&resting.in_a_row) < _IN_A_ROW:
             return
         rs_sleep(&resting.calls, calls, _PERIOD_NANOSECONDS)
-        if rs_get(&resting.received) != received:
-            idle = 0
-        elif rs_waits(device):
+        if rs_get(&resting.received) == received:
+            # Either those at work are stuck, or nothing comes: both are waited for at the device.
             return
-        else:
-            idle += 1
