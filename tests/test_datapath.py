@@ -84,6 +84,7 @@ class Kernel:
             [disk],
             writeback=os.eventfd(0),
             check_lease=lambda: self.check_lease(),
+            may_rest=0,
         )
         # In the place of pyfuse3: reads what is passed on, and never answers.
         path = self.path
