@@ -35,7 +35,7 @@ from fusedisk.parked cimport (
     parking_begin, repark, unpark, wake_parking,
 )
 from fusedisk.relay cimport Relay
-from fusedisk.resting cimport Resting, rest, resting_begin, resting_note
+from fusedisk.resting cimport RESTING_SLOTS, Resting, rest, resting_begin, resting_note
 from fusedisk.slowing cimport may_write, slowed
 
 cdef extern from *:
@@ -139,12 +139,14 @@ cdef class DataPath:
         cdef int64_t n = 0
         if body == NULL:
             raise MemoryError
+        if not 0 <= slot < RESTING_SLOTS:
+            raise ValueError(f"a mount is served by at most {RESTING_SLOTS} threads")
         with self._lock:
             self._threads[slot] = threading.get_ident()
         try:
             with nogil:
                 while not fd_load_int(&self._stopping):
-                    rest(&self._resting, &self._stopping)
+                    rest(&self._resting, slot, &self._stopping)
                     n = device_receive(self._device, head, body)
                     if n >= 0:
                         self._take(slot, head, body, <size_t>n)
@@ -166,7 +168,7 @@ cdef class DataPath:
         cdef k.fuse_in_header *request = <k.fuse_in_header *>head
         if n < sizeof(k.fuse_in_header) or n < 40 or request.len != n:
             return
-        resting_note(&self._resting, request.nodeid, self._in_turn(request, n))
+        resting_note(&self._resting, slot, request.nodeid, self._in_turn(request, n))
         if self._lasts(head, n) and park(&self._lasting, head, in_head, body, n - in_head):
             return
         self._dispatch(slot, head, body, n)

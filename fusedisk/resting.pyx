@@ -8,8 +8,9 @@ so all buffers would be used one after the other. With two threads on two proces
 up to a quarter faster than with four (docs/benchmarks.md).
 
 Invariant (nobody waits for who rests): any other request, or a large write to another disk, ends the
-rest of all. And whoever rests sees within two periods that nothing was received meanwhile, and goes
-back to the device: those at work may be stuck.
+rest of all, and two threads at least are at the device or in the row, or nobody rests. Whoever rests
+sees within two periods that nothing was received meanwhile, and all go back to the device: those in
+the row may be stuck.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -54,6 +55,9 @@ cdef enum:
     # Some ten large writes: a request waits for one that rests at most twice as long.
     _PERIOD_NANOSECONDS = 2000000
 
+# No inode is that.
+cdef uint64_t _OTHER = <uint64_t>-1
+
 
 cdef void resting_begin(Resting *resting, uint32_t most) noexcept nogil:
     """Nobody rests, and at most so many will at a time."""
@@ -61,8 +65,14 @@ cdef void resting_begin(Resting *resting, uint32_t most) noexcept nogil:
     resting.most = most
 
 
-cdef void resting_note(Resting *resting, uint64_t inode, bint large_write) noexcept nogil:
-    """A request was received. Of others than large writes this is one load, most of the time."""
+cdef void resting_note(
+    Resting *resting, Py_ssize_t slot, uint64_t inode, bint large_write
+) noexcept nogil:
+    """The thread of a slot, one of RESTING_SLOTS, has received a request.
+
+    Of others than large writes this is a store and a load, most of the time.
+    """
+    rs_put_inode(&resting.doing[slot * RESTING_STRIDE], inode if large_write else _OTHER)
     if large_write and rs_inode(&resting.inode) == inode:
         rs_add(&resting.received, 1)
         if rs_get(&resting.in_a_row) < _IN_A_ROW:
@@ -75,23 +85,37 @@ cdef void resting_note(Resting *resting, uint64_t inode, bint large_write) noexc
             rs_wake_all(&resting.calls)
 
 
-cdef void rest(Resting *resting, const int *stopping) noexcept nogil:
-    """Before a request is waited for: return when this thread is needed for it."""
+cdef uint32_t _elsewhere(Resting *resting) noexcept nogil:
+    """How many threads are at something that does not belong to the row, and may last."""
+    cdef uint64_t doing
+    cdef uint32_t count = 0
+    cdef Py_ssize_t slot
+    for slot in range(RESTING_SLOTS):
+        doing = rs_inode(&resting.doing[slot * RESTING_STRIDE])
+        count += doing != 0 and doing != rs_inode(&resting.inode)
+    return count
+
+
+cdef void rest(Resting *resting, Py_ssize_t slot, const int *stopping) noexcept nogil:
+    """Before the thread of a slot waits for a request: return when it is needed for it."""
+    rs_put_inode(&resting.doing[slot * RESTING_STRIDE], 0)
     if rs_get(&resting.in_a_row) < _IN_A_ROW:
         return
-    if rs_add(&resting.asleep, 1) <= resting.most:
+    if rs_add(&resting.asleep, 1) + _elsewhere(resting) <= resting.most:
         _rest(resting, stopping)
     rs_add(&resting.asleep, -1)
 
 
 cdef void _rest(Resting *resting, const int *stopping) noexcept nogil:
-    cdef uint32_t calls, received
-    while not rs_stopping(stopping):
-        # In this order: whoever ends the row calls after that, so no call is missed.
-        calls, received = rs_get(&resting.calls), rs_get(&resting.received)
-        if rs_get(&resting.in_a_row) < _IN_A_ROW:
-            return
+    cdef uint32_t calls = rs_get(&resting.calls), received
+    # In this order: whoever ends the row calls after that, so no call is missed.
+    while not rs_stopping(stopping) and rs_get(&resting.in_a_row) >= _IN_A_ROW:
+        received = rs_get(&resting.received)
         rs_sleep(&resting.calls, calls, _PERIOD_NANOSECONDS)
+        if rs_get(&resting.calls) != calls:
+            return
         if rs_get(&resting.received) == received:
-            # Either those at work are stuck, or nothing comes: both are waited for at the device.
+            # Either those at work are stuck, or nothing comes: all wait at the device, and nobody
+            # rests again before there was another row.
+            rs_put(&resting.in_a_row, 0)
             return

@@ -91,8 +91,10 @@ def null(image: Path, folder: Path, cache: str) -> contextlib.AbstractContextMan
     return _bare(image, folder, NULL_THREADS[cache])
 
 
-def bare(image: Path, folder: Path, _cache: str) -> contextlib.AbstractContextManager[Path]:
+def bare(image: Path, folder: Path, cache: str) -> contextlib.AbstractContextManager[Path]:
     """A FUSE server that does nothing but read and write an image, by two threads."""
+    if cache != "writeback":
+        raise SystemExit("the bare server knows no other cache than writeback")
     return _bare(image, folder, 2, image)
 
 
