@@ -5,7 +5,7 @@ A file has one writer at a time. Of the threads that serve one disk's large writ
 file and one receives what comes next; the data of any other would only wait in its buffer, and leave
 the processor's cache until its turn comes. The kernel wakes whoever has waited for a request longest,
 so all buffers would be used one after the other. With two threads on two processors large writes were
-up to a quarter faster than with four (docs/benchmarks.md).
+about a sixth faster than with four (docs/benchmarks.md).
 
 Invariant (nobody waits for who rests): any other request, or a large write to another disk, ends the
 rest of all, and two threads at least are at the device or in the row, or nobody rests. Whoever rests
